@@ -1,0 +1,128 @@
+"""THE objective: what a plan costs on a problem. Every plan, from every method, is priced here."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from moeplace._check import FloatArray
+from moeplace.dispatch import shares
+from moeplace.errors import PlanError
+from moeplace.plan import EMPTY, Plan
+from moeplace.problem import Problem
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Evaluation:
+    """Price of a plan.
+
+    Attributes
+    ----------
+    problem : Problem
+    plan : Plan
+    rank_tokens : array [windows, layers, ranks]
+        Tokens that each rank runs (per forward pass if passes are known), base load included.
+    rank_seconds : array [windows, layers, ranks]
+        Time of each rank; seconds, or token units if speeds are relative.
+    makespan : array [windows, layers]
+        Time of the slowest rank.
+    step_seconds : array [windows]
+        Sum of makespans over layers with their weights.
+    objective : float
+        Mean or worst window of `step_seconds`.
+    violations : tuple of str
+        Constraints that the plan breaks, and duplicates on a rank; empty for a legal plan.
+    """
+
+    problem: Problem
+    plan: Plan
+    rank_tokens: FloatArray
+    rank_seconds: FloatArray
+    makespan: FloatArray
+    step_seconds: FloatArray
+    objective: float
+    violations: tuple[str, ...]
+
+    @property
+    def legal(self) -> bool:
+        """Whether the plan obeys every rule of the problem."""
+        return not self.violations
+
+    @cached_property
+    def ratio(self) -> FloatArray:
+        """Imbalance ratio [windows, layers]: makespan / fluid bound; 1 for an empty layer."""
+        fluid = self.problem.fluid
+        return np.where(fluid > 0, self.makespan / np.where(fluid > 0, fluid, 1.0), 1.0)
+
+    @cached_property
+    def imbalance(self) -> float:
+        """Imbalance ratio of the whole: objective / the same total of the fluid bounds."""
+        fluid = self.problem.total(self.problem.fluid)
+        return self.objective / fluid if fluid > 0 else 1.0
+
+    @cached_property
+    def balancedness(self) -> FloatArray:
+        """Mean over most tokens of a rank [windows, layers], as vLLM logs it; 1 if empty."""
+        most = self.rank_tokens.max(axis=2)
+        mean = self.rank_tokens.mean(axis=2)
+        return np.where(most > 0, mean / np.where(most > 0, most, 1.0), 1.0)
+
+
+def evaluate(problem: Problem, plan: Plan) -> Evaluation:
+    """Price a plan at its stored shares (or even ones, if it stores none).
+
+    Raises
+    ------
+    PlanError
+        If the plan has other layers, experts or slots than the problem, or shares that the
+        routing cannot realise.
+    """
+    check_fits(problem, plan)
+    share = shares(problem, plan)
+    held = np.broadcast_to(np.where(plan.slots != EMPTY, plan.slots, 0), share.shape)
+    if share.ndim == 2:
+        held, share = held[None], share[None]
+    slot_tokens = np.take_along_axis(problem.tokens, held, axis=2) * share
+    tokens = problem.base + np.maximum(plan.by_rank(slot_tokens), 0.0).sum(axis=3)
+    seconds = problem.cluster.seconds(tokens)
+    makespan = seconds.max(axis=2)
+    return Evaluation(
+        problem=problem,
+        plan=plan,
+        rank_tokens=tokens,
+        rank_seconds=seconds,
+        makespan=makespan,
+        step_seconds=problem.step_seconds(makespan),
+        objective=problem.total(makespan),
+        violations=violations(problem, plan),
+    )
+
+
+def check_fits(problem: Problem, plan: Plan) -> None:
+    """Raise PlanError if the plan is for another shape than the problem."""
+    for name, mine, theirs in (
+        ("layers", plan.layers, problem.layers),
+        ("experts", plan.experts, problem.experts),
+        ("slots per rank", plan.rank_slots.tolist(), problem.cluster.slots.tolist()),
+    ):
+        if mine != theirs:
+            raise PlanError(
+                f"Plan has {_short(mine)} {name} but the problem has {_short(theirs)}: "
+                "it was made for another model or cluster."
+            )
+
+
+def violations(problem: Problem, plan: Plan) -> tuple[str, ...]:
+    """Every rule of the problem that the plan breaks, a sentence each."""
+    found = [
+        f"layer {layer}: rank {rank} holds two replicas of one expert"
+        for layer, rank in np.argwhere(plan.duplicates)
+    ]
+    for constraint in problem.constraints:
+        found += constraint.violations(plan)
+    return tuple(found)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:56] + " ...]"

@@ -1,0 +1,157 @@
+"""What the tokens run on: EP ranks, their slots, nodes and speeds.
+
+The latency model lives here and nowhere else: `Cluster.seconds` says how long each rank takes
+for its tokens, and `Cluster.fluid_seconds` is its inverse summed over ranks. Today it is one
+speed per rank; a model in (activated replicas, tokens) changes these two methods.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from moeplace._check import FloatArray, IntArray, integers, numbers
+from moeplace.errors import ProblemError
+
+SpeedUnit = Literal["tokens/s", "relative"]
+
+MAX_SLOTS = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Cluster:
+    """EP ranks: how fast each is and how many experts it holds.
+
+    Parameters
+    ----------
+    speeds : array-like [ranks]
+        Tokens per second of each rank, or relative speeds (1 / relative time).
+    slots : array-like [ranks]
+        Expert slots of each rank, redundant ones included. 0 is allowed: such a rank
+        carries only its base load.
+    nodes : array-like [ranks], optional
+        Node of each rank, counted from 0; all on one node by default.
+    speed_unit : {"tokens/s", "relative"}
+        With relative speeds, times are in token units (tokens of a rank of speed 1) and
+        are never called seconds.
+
+    Raises
+    ------
+    ProblemError
+        If a speed is zero, negative or not finite, slots are negative, all are 0, or the
+        three do not have one entry for each rank.
+    """
+
+    speeds: FloatArray
+    slots: IntArray
+    nodes: IntArray | None = None
+    speed_unit: SpeedUnit = "tokens/s"
+
+    def __post_init__(self) -> None:
+        speeds = numbers(
+            self.speeds, "Speeds", ("rank",), ProblemError, low=1e-9, high=1e18, strict=True
+        )
+        slots = integers(self.slots, "Slots", ("rank",), ProblemError, low=0, high=MAX_SLOTS)
+        given: Any = np.zeros(speeds.size) if self.nodes is None else self.nodes
+        nodes = integers(given, "Nodes", ("rank",), ProblemError, low=0, high=MAX_SLOTS)
+        for name, array in (("slots", slots), ("nodes", nodes)):
+            if array.shape != speeds.shape:
+                raise ProblemError(
+                    f"Cluster has {speeds.size} speeds but {array.size} {name}: "
+                    "give one of each for every rank."
+                )
+        if not slots.any():
+            raise ProblemError("Slots are 0 on every rank: at least one rank must hold experts.")
+        if self.speed_unit not in get_args(SpeedUnit):
+            raise ProblemError(
+                f"Speed unit must be one of {', '.join(get_args(SpeedUnit))}, "
+                f"got {self.speed_unit!r}."
+            )
+        object.__setattr__(self, "speeds", speeds)
+        object.__setattr__(self, "slots", slots)
+        object.__setattr__(self, "nodes", nodes)
+
+    @classmethod
+    def from_speeds(
+        cls,
+        speeds: Any,
+        slots: Any,
+        nodes: Any = 1,
+        speed_unit: SpeedUnit = "tokens/s",
+    ) -> "Cluster":
+        """Build a cluster from speeds [ranks], with one slot count for all and equal nodes.
+
+        Parameters
+        ----------
+        speeds : array-like [ranks]
+        slots : int or array-like [ranks]
+        nodes : int or array-like [ranks]
+            A number of equal nodes of consecutive ranks, or the node of each rank.
+        speed_unit : {"tokens/s", "relative"}
+
+        Raises
+        ------
+        ProblemError
+            As the class does, and if the ranks do not divide into that many nodes.
+        """
+        ranks = np.size(speeds)
+        if np.ndim(slots) == 0:
+            slots = np.full(ranks, slots)
+        if np.ndim(nodes) == 0:
+            if not (isinstance(nodes, int | np.integer) and nodes >= 1 and ranks % nodes == 0):
+                raise ProblemError(
+                    f"{ranks} ranks do not divide into {nodes} equal nodes: give a divisor of "
+                    f"{ranks}, or the node of each rank."
+                )
+            nodes = np.arange(ranks) // (ranks // nodes)
+        return cls(speeds=speeds, slots=slots, nodes=nodes, speed_unit=speed_unit)
+
+    @property
+    def ranks(self) -> int:
+        """Number of EP ranks."""
+        return self.speeds.size
+
+    @property
+    def total_slots(self) -> int:
+        """Number of expert slots over all ranks."""
+        return int(self.slots.sum())
+
+    @property
+    def time_unit(self) -> str:
+        """What times are in: seconds, or token units when speeds are only relative."""
+        return "s" if self.speed_unit == "tokens/s" else "token units"
+
+    def seconds(self, tokens: FloatArray) -> FloatArray:
+        """Time of each rank for its tokens, [..., ranks] -> [..., ranks]."""
+        return tokens / self.speeds
+
+    def fluid_seconds(self, tokens: FloatArray, base: FloatArray) -> FloatArray:
+        """Makespan if tokens could be poured freely over the ranks on top of their base load.
+
+        Parameters
+        ----------
+        tokens : array [...]
+            Tokens of a layer.
+        base : array [..., ranks]
+            Tokens that each rank must run whatever the plan.
+
+        Returns
+        -------
+        array [...]
+            Least T with sum over ranks with slots of (T v_g - b_g)+ >= tokens, and at least
+            every rank's base time. No plan can be faster: it is the fluid bound.
+        """
+        base_seconds = self.seconds(base)
+        if not base.any():
+            return np.asarray(tokens / self.speeds[self.slots > 0].sum())
+        holds = self.slots > 0
+        level = np.where(holds, base_seconds, np.inf)
+        order = np.argsort(level, axis=-1, kind="stable")
+        level = np.take_along_axis(level, order, axis=-1)
+        speed = np.where(holds, self.speeds, 0.0)[order].cumsum(axis=-1)
+        filled = np.take_along_axis(np.where(holds, base, 0.0), order, axis=-1).cumsum(axis=-1)
+        # With the n lowest ranks in use the level is (tokens + their base) / their speed; the
+        # true one is the least of these, since adding a rank that stays dry only raises it.
+        reached = (tokens[..., None] + filled) / speed
+        fluid = np.where(np.isfinite(level), reached, np.inf).min(axis=-1)
+        return np.asarray(np.maximum(fluid, base_seconds.max(axis=-1)))

@@ -1,0 +1,243 @@
+"""What to solve: loads, cluster, routing, objective and constraints, validated once."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, fields
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from moeplace._check import BoolArray, FloatArray, numbers
+from moeplace.constraints import Constraint, Forbid, Pin
+from moeplace.errors import ProblemError
+from moeplace.hardware import Cluster
+from moeplace.loads import LoadHistogram
+
+Routing = Literal["even", "weighted"]
+Objective = Literal["mean", "worst"]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Place experts on ranks so that the slowest rank of every layer ends early.
+
+    Parameters
+    ----------
+    loads : LoadHistogram
+    cluster : Cluster
+    routing : {"even", "weighted"}
+        How the engine shares an expert's tokens over its replicas: evenly (vLLM,
+        TensorRT-LLM, SGLang dynamic), or by shares that the plan chooses.
+    objective : {"mean", "worst"}
+        Over windows, of the step time (the sum over layers of the slowest rank's time).
+    constraints : sequence of Pin and Forbid
+    base_load : array-like [ranks], [layers, ranks] or [windows, layers, ranks], optional
+        Tokens that each rank runs whatever the plan, in the unit of the loads.
+    layer_weight : array-like [layers], optional
+        Calls per step of each layer; 1 by default.
+    window_weight : array-like [windows], optional
+        Weights of the mean, normalised to sum 1; by default the windows' passes, or equal.
+    name, origin : str
+        For people: what it is called, where its numbers come from. Not part of the digest.
+
+    Raises
+    ------
+    ProblemError
+        If a part breaks a rule, or parts do not fit each other, e.g. fewer slots than experts.
+    """
+
+    loads: LoadHistogram
+    cluster: Cluster
+    _: KW_ONLY
+    routing: Routing = "even"
+    objective: Objective = "mean"
+    constraints: Sequence[Constraint] = ()
+    base_load: Any = None
+    layer_weight: Any = None
+    window_weight: Any = None
+    name: str = ""
+    origin: str = ""
+
+    def __post_init__(self) -> None:
+        for value, kind, name in (
+            (self.loads, LoadHistogram, "Loads"),
+            (self.cluster, Cluster, "Cluster"),
+        ):
+            if not isinstance(value, kind):
+                raise ProblemError(
+                    f"{name} must be a {kind.__name__}, got {type(value).__name__}: "
+                    f"build one with moeplace.{kind.__name__}."
+                )
+        for choice, choices, name in (
+            (self.routing, get_args(Routing), "Routing"),
+            (self.objective, get_args(Objective), "Objective"),
+        ):
+            if choice not in choices:
+                raise ProblemError(f"{name} must be one of {', '.join(choices)}, got {choice!r}.")
+        usable = int(np.minimum(self.cluster.slots, self.experts).sum())
+        if usable < self.experts:
+            raise ProblemError(
+                f"{self.experts} experts do not fit: every expert needs at least one slot, and "
+                f"the {self.ranks} ranks offer {usable} usable slots. Add slots or ranks."
+            )
+        constraints = tuple(self.constraints)
+        for constraint in constraints:
+            if not isinstance(constraint, Constraint):
+                raise ProblemError(
+                    f"Constraints may be Pin and Forbid, got {type(constraint).__name__}."
+                )
+            constraint.check(self.layers, self.experts, self.ranks)
+        checked: dict[str, Any] = {"constraints": constraints}
+        shape = (self.windows, self.layers, self.ranks)
+        base = np.zeros(self.ranks) if self.base_load is None else self.base_load
+        axes = ("window", "layer", "rank")
+        base = numbers(base, "Base load", axes[3 - _axes(base) :], ProblemError)
+        if base.shape != shape[3 - base.ndim :]:
+            raise ProblemError(
+                f"Base load must have the shape {shape[2:]}, {shape[1:]} or {shape} "
+                f"(the last axis is the ranks), got {base.shape}."
+            )
+        checked["base_load"] = base
+        for field, axis, size in (
+            ("layer_weight", "layer", self.layers),
+            ("window_weight", "window", self.windows),
+        ):
+            given = getattr(self, field)
+            if given is None:
+                passes = self.loads.passes
+                given = np.ones(size) if axis == "layer" or passes is None else passes
+            name = field.replace("_", " ").capitalize()
+            weight = numbers(given, name, (axis,), ProblemError)
+            if weight.shape != (size,):
+                raise ProblemError(
+                    f"{name} needs one number for each of the {size} {axis}s, got {weight.size}."
+                )
+            if not weight.any():
+                raise ProblemError(f"{name} is 0 everywhere: at least one must be positive.")
+            if axis == "window":
+                weight = weight / weight.sum()
+                weight.setflags(write=False)
+            checked[field] = weight
+        for field, value in checked.items():
+            object.__setattr__(self, field, value)
+
+    @property
+    def windows(self) -> int:
+        """Number of windows."""
+        return self.loads.windows
+
+    @property
+    def layers(self) -> int:
+        """Number of MoE layers."""
+        return self.loads.layers
+
+    @property
+    def experts(self) -> int:
+        """Number of logical experts in a layer."""
+        return self.loads.experts
+
+    @property
+    def ranks(self) -> int:
+        """Number of EP ranks."""
+        return self.cluster.ranks
+
+    @cached_property
+    def tokens(self) -> FloatArray:
+        """Tokens per expert [windows, layers, experts]: per forward pass if passes are known."""
+        if self.loads.passes is None:
+            return self.loads.tokens
+        return self.loads.tokens / self.loads.passes[:, None, None]
+
+    @cached_property
+    def base(self) -> FloatArray:
+        """Base load [windows, layers, ranks], in the unit of `tokens`."""
+        shape = (self.windows, self.layers, self.ranks)
+        base = np.broadcast_to(self.base_load, shape)
+        if self.loads.passes is not None:
+            base = base / self.loads.passes[:, None, None]
+        return np.ascontiguousarray(base)
+
+    @cached_property
+    def fluid(self) -> FloatArray:
+        """Fluid bound [windows, layers]: the makespan if tokens could be poured freely."""
+        return self.cluster.fluid_seconds(self.tokens.sum(axis=2), self.base)
+
+    @cached_property
+    def allowed(self) -> BoolArray:
+        """Where experts may lie [layers, experts, ranks], by `Forbid` and ranks without slots."""
+        shape = (self.layers, self.experts, self.ranks)
+        allowed = np.broadcast_to(self.cluster.slots > 0, shape).copy()
+        for rule in self.constraints:
+            if isinstance(rule, Forbid):
+                allowed[_layers(rule.layer), rule.expert, rule.rank] = False
+        return allowed
+
+    @cached_property
+    def pinned(self) -> BoolArray:
+        """Where experts must lie [layers, experts, ranks], by `Pin`."""
+        pinned = np.zeros((self.layers, self.experts, self.ranks), dtype=np.bool_)
+        for rule in self.constraints:
+            if isinstance(rule, Pin):
+                pinned[_layers(rule.layer), rule.expert, rule.rank] = True
+        return pinned
+
+    def step_seconds(self, layer_seconds: FloatArray) -> FloatArray:
+        """Sum [windows, layers] over layers with their weights -> [windows]."""
+        weighted = layer_seconds * self.layer_weight
+        return np.array([math.fsum(row) for row in weighted])
+
+    def total(self, layer_seconds: FloatArray) -> float:
+        """Objective of [windows, layers] seconds: mean or worst window of the step time.
+
+        The sum over layers comes first: per-layer worst cases are never added.
+        """
+        steps = self.step_seconds(layer_seconds)
+        if self.objective == "worst":
+            return float(steps.max())
+        return math.fsum(steps * self.window_weight)
+
+    def aggregate(self) -> "Problem":
+        """The same problem on the sum of all windows."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        base = np.broadcast_to(self.base_load, (self.windows, self.layers, self.ranks))
+        given |= {"loads": self.loads.aggregate(), "window_weight": None}
+        given |= {"base_load": base.sum(axis=0, keepdims=True)}
+        return Problem(**given)
+
+    @cached_property
+    def _digest(self) -> str:
+        state = hashlib.sha256(b"moeplace problem 1")
+        choices = (self.routing, self.objective, self.cluster.speed_unit)
+        for text in (*choices, *sorted(map(repr, self.constraints))):
+            state.update(text.encode() + b"\0")
+        cluster = self.cluster
+        for array in (
+            self.tokens,
+            self.base,
+            self.layer_weight,
+            self.window_weight,
+            cluster.speeds,
+            cluster.slots,
+            cluster.nodes,
+        ):
+            assert array is not None
+            state.update(repr((array.dtype.str, array.shape)).encode())
+            state.update(np.ascontiguousarray(array).tobytes())
+        return state.hexdigest()
+
+    def digest(self) -> str:
+        """SHA-256 over all that changes price or feasibility; equal problems have equal ones."""
+        return self._digest
+
+
+def _axes(value: Any) -> int:
+    try:
+        return min(max(np.ndim(value), 1), 3)
+    except ValueError:
+        return 3
+
+
+def _layers(layer: int | None) -> int | slice:
+    return slice(None) if layer is None else layer
