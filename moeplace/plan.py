@@ -112,8 +112,8 @@ class Plan:
         held = self.slots != EMPTY
         index = np.arange(self.layers)[:, None] * self.experts + self.slots
         size = self.layers * self.experts
-        summed: FloatArray = np.bincount(index[held], weights=weights[held], minlength=size)
-        return summed.reshape(self.layers, self.experts)
+        summed = np.bincount(index[held], weights=weights[held], minlength=size)
+        return summed.astype(np.float64).reshape(self.layers, self.experts)
 
     @property
     def layers(self) -> int:

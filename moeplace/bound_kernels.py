@@ -1,0 +1,170 @@
+"""Compiled search for the largest makespan that an argument of `bounds` refutes.
+
+Each branch of `_refutes` is the compiled twin of the function of that name in `bounds`, which
+holds conditions and proof; a test holds the two together.
+"""
+
+import numpy as np
+from numba import njit
+
+from moeplace._check import FloatArray, IntArray
+
+SLACK = 1e-12
+BASE, FLUID, SLOT_CAP, EVEN_COPIES, HOT_EXPERT, JOINT_COPIES, NO_REPLICAS, WHOLE_TOKENS = range(8)
+
+
+@njit(cache=True, nogil=True)
+def _refutes(kind, seconds, loads, prefix, base, speeds, caps, fewest, most, unit):  # type: ignore[no-untyped-def]
+    """Whether argument `kind` excludes a makespan of at most `seconds`."""
+    experts = loads.size
+    spare = fewest[-1] - experts
+    count = fewest.size - 1  # ranks with slots
+    room = np.empty(count)
+    held = 0.0
+    n = 0
+    for g in range(speeds.size):
+        if caps[g] > 0:
+            room[n] = max(seconds * speeds[g] - base[g], 0.0)
+            can = min(room[n], prefix[caps[g]])
+            held += np.floor(can / unit * (1 + SLACK) + SLACK) if kind == WHOLE_TOKENS else can
+            n += 1
+    if kind == SLOT_CAP:
+        return prefix[experts] * (1 - SLACK) > held
+    if kind == WHOLE_TOKENS:
+        return prefix[experts] / unit * (1 - SLACK) > held
+    room = np.sort(room)[::-1]
+    if kind == EVEN_COPIES or kind == JOINT_COPIES:
+        # reach[n]: the most load that n + 1 copies can carry
+        reach = np.empty(count)
+        total = 0.0
+        for c in range(count):
+            total += room[c]
+            if kind == JOINT_COPIES:
+                reach[c] = total
+            else:
+                reach[c] = max(room[c] * (c + 1), reach[c - 1] if c > 0 else 0.0)
+        needed = experts
+        for e in range(experts):
+            need = loads[e] * (1 - SLACK)
+            if need <= reach[0]:
+                break  # loads descend: the rest needs one copy each
+            c = 1
+            while c < count and need > reach[c]:
+                c += 1
+            needed += c
+            if c == count or needed > experts + spare:
+                return True
+        return needed > experts + spare
+    if kind == HOT_EXPERT:
+        total = 0.0
+        for n in range(1, min(spare + 1, count) + 1):
+            total += room[n - 1]
+            others = min(max(fewest[n] - spare - 1, 0), experts - 1)
+            forced = loads[0] + prefix[experts] - prefix[experts - others]
+            if forced * (1 - SLACK) <= total:
+                return False
+        return True
+    # NO_REPLICAS
+    pair = 0
+    for n in range(1, count + 1):
+        if fewest[n] - fewest[n - 1] >= 2:
+            pair = fewest[n] - fewest[n - 1]
+            break
+    for j in range(1, min(experts, 2 * count) + 1):
+        shared = False  # whether two of the j hottest on one rank are excluded
+        if pair > 0 and j >= 2:
+            others = min(pair - 2, experts - j)
+            two = loads[j - 2] + loads[j - 1] + prefix[experts] - prefix[experts - others]
+            shared = two * (1 - SLACK) > room[0]
+        total = 0.0
+        excluded = True
+        for n in range(1, min(j, count) + 1):
+            total += room[n - 1]
+            if most[n] < j or (shared and n < j):
+                continue
+            others = min(max(fewest[n] - j, 0), experts - j)
+            forced = prefix[j] + prefix[experts] - prefix[experts - others]
+            if forced * (1 - SLACK) <= total:
+                excluded = False
+                break
+        if excluded:
+            return True
+    return False
+
+
+@njit(cache=True, nogil=True)
+def _search(loads, base, fluid, speeds, caps, fewest, most, even, units, value, source):  # type: ignore[no-untyped-def]
+    experts = loads.shape[1]
+    spare = fewest[-1] - experts
+    prefix = np.zeros(experts + 1)
+    for row in range(loads.shape[0]):
+        for e in range(experts):
+            prefix[e + 1] = prefix[e] + loads[row, e]
+        best = fluid[row]
+        name = FLUID
+        for g in range(speeds.size):
+            if base[row, g] / speeds[g] >= best:
+                name = BASE
+        for kind in range(SLOT_CAP, WHOLE_TOKENS + 1):
+            if prefix[experts] <= 0.0 or (kind == EVEN_COPIES and not even):
+                continue
+            if spare != 0 and kind >= NO_REPLICAS or kind == WHOLE_TOKENS and units[row] == 0.0:
+                continue
+            low = best * (1 + SLACK)
+            if not _refutes(
+                kind, low, loads[row], prefix, base[row], speeds, caps, fewest, most, units[row]
+            ):
+                continue
+            high = 2 * low
+            while _refutes(
+                kind, high, loads[row], prefix, base[row], speeds, caps, fewest, most, units[row]
+            ):
+                low, high = high, 2 * high
+            while high - low > 1e-13 * high:
+                middle = 0.5 * (low + high)
+                if middle <= low or middle >= high:
+                    break
+                if _refutes(
+                    kind, middle, loads[row], prefix, base[row], speeds, caps, fewest, most,
+                    units[row],
+                ):  # fmt: skip
+                    low = middle
+                else:
+                    high = middle
+            best, name = low, kind
+        value[row] = best * (1 - SLACK)
+        source[row] = name
+
+
+def search(
+    loads: FloatArray,
+    base: FloatArray,
+    fluid: FloatArray,
+    speeds: FloatArray,
+    caps: IntArray,
+    even: bool,
+    units: FloatArray,
+) -> tuple[FloatArray, IntArray]:
+    """Best bound of each row and the argument that gives it.
+
+    Parameters
+    ----------
+    loads : array [rows, experts], descending
+    base : array [rows, ranks]
+    fluid : array [rows], where the search starts
+    speeds, caps : array [ranks]
+    even : bool
+    units : array [rows], 0 where loads are not whole
+
+    Returns
+    -------
+    value : array [rows], lowered by a relative 1e-12
+    source : array [rows], position of the argument in `bounds.ARGUMENTS`
+    """
+    used = np.sort(caps[caps > 0])
+    fewest = np.concatenate([[0], used.cumsum()])
+    most = np.concatenate([[0], used[::-1].cumsum()])
+    value = np.empty(loads.shape[0])
+    source = np.empty(loads.shape[0], dtype=np.int64)
+    _search(loads, base, fluid, speeds, caps, fewest, most, even, units, value, source)
+    return value, source

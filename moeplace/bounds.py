@@ -1,0 +1,268 @@
+"""Lower bounds that need no solver: arguments why no plan can be faster, and their check.
+
+Each argument is a function ``refutes(row, T)``: true only if *no* plan gives the layer a
+makespan of at most T. Its docstring holds conditions and proof. `lower_bound` searches the
+largest T that some argument refutes (compiled, in `bound_kernels`); `recompute` asks the named
+argument about a claimed bound again, from the problem alone, with the NumPy code below.
+
+Notation: w_1 >= w_2 >= ... loads, W their sum; r_g = (T v_g - b_g)+ tokens that rank g can
+still run by T, R_n the sum of the n largest; K_g slots of rank g that can be used (at most E),
+s = sum K - E spare slots. Ranks without slots count only through their base load. Comparisons
+leave a relative slack of 1e-12, so that rounding never makes a bound too high.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from moeplace._check import FloatArray, IntArray
+from moeplace.errors import CertificateError
+from moeplace.problem import Problem
+
+SLACK = 1e-12
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Bound:
+    """A proven lower bound, layer by layer.
+
+    Attributes
+    ----------
+    per_layer : array [windows, layers]
+        No plan gives the layer a smaller makespan in that window.
+    source : array of str [windows, layers]
+        The argument that proves it: a key of `ARGUMENTS`.
+    total : float
+        The same for the objective: layers are summed first, then windows combined.
+    """
+
+    per_layer: FloatArray
+    source: np.ndarray[tuple[int, int], np.dtype[np.str_]]
+    total: float
+
+    @property
+    def sources(self) -> dict[str, int]:
+        """How many (window, layer) pairs each argument decides, most first."""
+        return dict(Counter(self.source.ravel().tolist()).most_common())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Row:
+    """One layer in one window: what the arguments look at."""
+
+    loads: FloatArray  # [experts], descending
+    base: FloatArray  # [ranks]
+    speeds: FloatArray  # [ranks]
+    caps: IntArray  # [ranks] slots that can be used
+    even: bool
+    unit: float  # loads are multiples of it; 0 if they are not whole
+
+    @property
+    def spare(self) -> int:
+        """Slots beyond one for each expert."""
+        return int(self.caps.sum()) - self.loads.size
+
+    def room(self, seconds: float) -> FloatArray:
+        """r_g of the ranks with slots, most first."""
+        room = np.maximum(seconds * self.speeds - self.base, 0.0)[self.caps > 0]
+        return np.sort(room)[::-1]
+
+    def smallest(self, count: IntArray, skip: int) -> FloatArray:
+        """Sum of the `count` smallest loads, the `skip` largest left out."""
+        others = np.sort(self.loads[skip:])
+        return np.concatenate([[0.0], others.cumsum()])[np.clip(count, 0, others.size)]
+
+
+def base_load(row: Row, seconds: float) -> bool:
+    """A rank's base load alone takes longer. Any routing, any latency model."""
+    return bool((row.base > (1 + SLACK) * seconds * row.speeds).any())
+
+
+def fluid(row: Row, seconds: float) -> bool:
+    """W > sum_g r_g: all ranks together cannot run the tokens. Any routing."""
+    return bool(_above(row.loads.sum(), row.room(seconds).sum()))
+
+
+def slot_cap(row: Row, seconds: float) -> bool:
+    """W > sum_g min(r_g, U_g), U_g the sum of the K_g largest loads. Any routing.
+
+    Proof: rank g holds at most K_g experts and takes at most the whole load of each, so never
+    more than U_g; by T it runs at most r_g.
+    """
+    room = np.maximum(seconds * row.speeds - row.base, 0.0)
+    held = np.concatenate([[0.0], row.loads.cumsum()])[row.caps]
+    return bool(_above(row.loads.sum(), np.minimum(room, held)[row.caps > 0].sum()))
+
+
+def even_copies(row: Row, seconds: float) -> bool:
+    """Even routing: sum_e c_e > sum K, c_e the least c with w_e <= c r_(c).
+
+    Proof: c copies of e lie on c different ranks, so one of them has room at most r_(c), the
+    c-th largest, and must run w_e / c: fewer than c_e copies are impossible. All copies share
+    the slots. Not valid for fixed dispatch rules or for two copies on one rank.
+    """
+    if not row.even:
+        return False
+    room = row.room(seconds)
+    reach = np.maximum.accumulate(room * np.arange(1, room.size + 1))
+    copies = np.searchsorted(reach, row.loads * (1 - SLACK)) + 1
+    return bool((copies > room.size).any() or copies.sum() > row.caps.sum())
+
+
+def hot_expert(row: Row, seconds: float) -> bool:
+    """For each number n of copies of the hottest expert, it and its neighbours exceed R_n.
+
+    Any routing. Proof: with n copies (n <= s + 1) the n ranks that hold them have at least k_n
+    slots, the sum of the n smallest K. Beside the copies lie at least k_n - n slots; each of
+    the other s - n + 1 spare slots frees at most one of them (it is that slot, left empty, or
+    it is a copy that takes load of one expert elsewhere or repeats it). So at least
+    k_n - s - 1 other experts lie wholly on these ranks, with at least the smallest loads.
+    """
+    room = row.room(seconds).cumsum()
+    copies = np.arange(1, min(row.spare + 1, room.size) + 1)
+    slots = np.sort(row.caps[row.caps > 0]).cumsum()[copies - 1]
+    forced = row.loads[0] + row.smallest(slots - row.spare - 1, skip=1)
+    return bool(_above(forced, room[copies - 1]).all())
+
+
+def joint_copies(row: Row, seconds: float) -> bool:
+    """Any routing: sum_e (n_e - 1) > s, n_e the least n with w_e <= R_n.
+
+    Proof: n copies of e run at most R_n together, so e needs n_e copies; all copies beyond the
+    first come from the spare slots.
+    """
+    room = row.room(seconds).cumsum()
+    copies = np.searchsorted(room, row.loads * (1 - SLACK)) + 1
+    return bool((copies > room.size).any() or (copies - 1).sum() > row.spare)
+
+
+def no_replicas(row: Row, seconds: float) -> bool:
+    """No spare slots (s = 0): the j hottest experts fit on no number n of ranks, for some j.
+
+    Any routing; wrong as soon as a slot is spare. Proof: all slots are full and each expert
+    lies on one rank. If the j hottest occupy n ranks, these have at least k_n slots (the n
+    smallest K), so beside the j lie at least k_n - j others, with at least the smallest loads;
+    all of it must fit R_n. If n < j, some rank holds two of the j, at least w_(j-1) + w_j, and
+    its other slots. n ranks can hold j only if their slots suffice.
+    """
+    if row.spare != 0:
+        return False
+    room = row.room(seconds)
+    total = room.cumsum()
+    caps = np.sort(row.caps[row.caps > 0])
+    fewest, most = caps.cumsum(), caps[::-1].cumsum()
+    pairs = caps[caps >= 2]
+    for j in range(1, min(row.loads.size, 2 * room.size) + 1):
+        ranks = np.arange(1, min(j, room.size) + 1)
+        forced = row.loads[:j].sum() + row.smallest(fewest[ranks - 1] - j, skip=j)
+        refuted = (most[ranks - 1] < j) | _above(forced, total[ranks - 1])
+        if pairs.size and j >= 2:
+            two = row.loads[j - 2 : j].sum() + row.smallest(pairs[:1] - 2, skip=j)[0]
+            refuted |= (ranks < j) & _above(two, room[0])
+        if refuted.all():
+            return True
+    return False
+
+
+def whole_tokens(row: Row, seconds: float) -> bool:
+    """No spare slots and whole loads: sum_g floor(min(r_g, U_g)) < W.
+
+    Any routing. Proof: each expert lies whole on one rank, so a rank's tokens are a whole
+    number, at most floor(r_g) and at most U_g (see slot_cap).
+    """
+    if row.spare != 0 or row.unit == 0:
+        return False
+    room = np.maximum(seconds * row.speeds - row.base, 0.0)
+    held = np.concatenate([[0.0], row.loads.cumsum()])[row.caps]
+    whole = np.floor(np.minimum(room, held)[row.caps > 0] / row.unit * (1 + SLACK) + SLACK)
+    return bool(_above(row.loads.sum() / row.unit, whole.sum()))
+
+
+#: The arguments by name, in the order in which the search tries them.
+ARGUMENTS: dict[str, Callable[[Row, float], bool]] = {
+    "base load": base_load,
+    "fluid": fluid,
+    "slot cap": slot_cap,
+    "even copies": even_copies,
+    "hot expert": hot_expert,
+    "joint copies": joint_copies,
+    "no replicas": no_replicas,
+    "whole tokens": whole_tokens,
+}
+
+
+def lower_bound(problem: Problem) -> Bound:
+    """The best of all arguments for each window and layer, and in total."""
+    from moeplace.bound_kernels import search
+
+    shape = (problem.windows, problem.layers)
+    value, source = search(
+        -np.sort(-problem.tokens, axis=2).reshape(-1, problem.experts),
+        problem.base.reshape(-1, problem.ranks),
+        problem.fluid.ravel(),
+        problem.cluster.speeds,
+        _caps(problem),
+        problem.routing == "even",
+        np.repeat(_units(problem), problem.layers),
+    )
+    per_layer = value.reshape(shape)
+    names = np.array(list(ARGUMENTS))[source].reshape(shape)
+    return Bound(per_layer=per_layer, source=names, total=problem.total(per_layer))
+
+
+def recompute(problem: Problem, bound: Bound) -> None:
+    """Check a bound from the problem alone; silent if every argument holds.
+
+    Raises
+    ------
+    CertificateError
+        If an argument does not refute every makespan below (1 - 1e-11) of its claim, or the
+        total is more than the layers add up to. It names window, layer and argument.
+    """
+    shape = (problem.windows, problem.layers)
+    if bound.per_layer.shape != shape or bound.source.shape != shape:
+        raise CertificateError(
+            f"Bound has the shape {bound.per_layer.shape}, the problem has [windows, layers] = "
+            f"{shape}: it is for another problem."
+        )
+    units, caps = _units(problem), _caps(problem)
+    for window, layer in np.ndindex(shape):
+        claim = float(bound.per_layer[window, layer])
+        name = str(bound.source[window, layer])
+        place = f"window {window}, layer {layer}"
+        if name not in ARGUMENTS:
+            raise CertificateError(f"Bound of {place} names an unknown argument {name!r}.")
+        row = Row(
+            loads=-np.sort(-problem.tokens[window, layer]),
+            base=problem.base[window, layer],
+            speeds=problem.cluster.speeds,
+            caps=caps,
+            even=problem.routing == "even",
+            unit=float(units[window]),
+        )
+        if claim != 0 and not (claim > 0 and ARGUMENTS[name](row, claim * (1 - 1e-11))):
+            raise CertificateError(
+                f"Bound {claim!r} of {place} does not follow from {name!r}: "
+                "that argument does not refute a smaller makespan."
+            )
+    total = problem.total(bound.per_layer)
+    if not bound.total <= total * (1 + SLACK):
+        raise CertificateError(f"Bound claims {bound.total!r} in total, its layers give {total!r}.")
+
+
+def _above(need: FloatArray | float, room: FloatArray | float) -> np.ndarray[tuple[int, ...]]:
+    return np.asarray(np.asarray(need) * (1 - SLACK) > room)
+
+
+def _caps(problem: Problem) -> IntArray:
+    return np.minimum(problem.cluster.slots, problem.experts)
+
+
+def _units(problem: Problem) -> FloatArray:
+    """What loads are multiples of [windows]; 0 where they are not whole."""
+    if not problem.loads.integral:
+        return np.zeros(problem.windows)
+    passes = problem.loads.passes
+    return np.ones(problem.windows) if passes is None else 1.0 / passes

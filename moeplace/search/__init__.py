@@ -1,0 +1,1 @@
+"""Our planners: construction, exchange search, exact weighted split."""
