@@ -1,3 +1,68 @@
-"""Expert placement for Mixture-of-Experts serving."""
+"""Expert placement for Mixture-of-Experts serving: balance time, not tokens, and prove it.
+
+Start with `Problem`, `solve` and `evaluate`; the command line is ``moeplace --help``.
+"""
 
 __version__ = "0.1.0"
+
+from moeplace import instances
+from moeplace.bounds import Bound, lower_bound, recompute
+from moeplace.compare import compare
+from moeplace.constraints import Forbid, MaxMoves, NodeGroups, Pin
+from moeplace.errors import (
+    CertificateError,
+    FormatError,
+    MissingExtraError,
+    MoeplaceError,
+    PlanError,
+    PolicyNotApplicable,
+    ProblemError,
+    SolverError,
+)
+from moeplace.evaluate import Evaluation, evaluate
+from moeplace.formats import read_plan, write_plan
+from moeplace.hardware import Cluster
+from moeplace.instances import read_instance, write_instance
+from moeplace.loads import LoadHistogram
+from moeplace.plan import EMPTY, Plan
+from moeplace.problem import Problem
+from moeplace.result import Limits, Progress, Result, Status
+from moeplace.search.split import resplit
+from moeplace.solve import solve
+
+__all__ = [
+    "EMPTY",
+    "Bound",
+    "CertificateError",
+    "Cluster",
+    "Evaluation",
+    "Forbid",
+    "FormatError",
+    "Limits",
+    "LoadHistogram",
+    "MaxMoves",
+    "MissingExtraError",
+    "MoeplaceError",
+    "NodeGroups",
+    "Pin",
+    "Plan",
+    "PlanError",
+    "PolicyNotApplicable",
+    "Problem",
+    "ProblemError",
+    "Progress",
+    "Result",
+    "SolverError",
+    "Status",
+    "compare",
+    "evaluate",
+    "instances",
+    "lower_bound",
+    "read_instance",
+    "read_plan",
+    "recompute",
+    "resplit",
+    "solve",
+    "write_instance",
+    "write_plan",
+]

@@ -33,7 +33,7 @@ def _refutes(kind, seconds, loads, prefix, base, speeds, caps, fewest, most, uni
     if kind == WHOLE_TOKENS:
         return prefix[experts] / unit * (1 - SLACK) > held
     room = np.sort(room)[::-1]
-    if kind == EVEN_COPIES or kind == JOINT_COPIES:
+    if kind in (EVEN_COPIES, JOINT_COPIES):
         # reach[n]: the most load that n + 1 copies can carry
         reach = np.empty(count)
         total = 0.0
@@ -108,7 +108,9 @@ def _search(loads, base, fluid, speeds, caps, fewest, most, even, units, value, 
         for kind in range(SLOT_CAP, WHOLE_TOKENS + 1):
             if prefix[experts] <= 0.0 or (kind == EVEN_COPIES and not even):
                 continue
-            if spare != 0 and kind >= NO_REPLICAS or kind == WHOLE_TOKENS and units[row] == 0.0:
+            if spare != 0 and kind >= NO_REPLICAS:
+                continue
+            if kind == WHOLE_TOKENS and units[row] == 0.0:
                 continue
             low = best * (1 + SLACK)
             if not _refutes(

@@ -19,9 +19,14 @@ import numpy as np
 
 from moeplace._check import FloatArray, IntArray
 from moeplace.errors import CertificateError
+from moeplace.hardware import Cluster
+from moeplace.loads import LoadHistogram
+from moeplace.plan import EMPTY
 from moeplace.problem import Problem
 
 SLACK = 1e-12
+#: Sources of bounds that a constraint lifts: groups on nodes (a prefix), and few moves.
+NODES, STAY = "nodes: ", "moves"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,11 +41,14 @@ class Bound:
         The argument that proves it: a key of `ARGUMENTS`.
     total : float
         The same for the objective: layers are summed first, then windows combined.
+    coupled : bool
+        Whether `total` is more than that: a budget of moves in all was shared over the layers.
     """
 
     per_layer: FloatArray
     source: np.ndarray[tuple[int, int], np.dtype[np.str_]]
     total: float
+    coupled: bool = False
 
     @property
     def sources(self) -> dict[str, int]:
@@ -195,21 +203,50 @@ ARGUMENTS: dict[str, Callable[[Row, float], bool]] = {
 
 def lower_bound(problem: Problem) -> Bound:
     """The best of all arguments for each window and layer, and in total."""
+    shape = (problem.windows, problem.layers)
+    units = np.repeat(_units(problem)[:, None], problem.layers, axis=1)
+    value, source = _search(problem, problem.tokens, problem.base, problem.fluid, units)
+    names = np.array(list(ARGUMENTS))[source].reshape(shape)
+    per_layer = value.reshape(shape)
+    if (coarse := nodes_as_ranks(problem)) is not None:
+        other = lower_bound(coarse)
+        names = np.where(other.per_layer > per_layer, np.char.add(NODES, other.source), names)
+        per_layer = np.maximum(per_layer, other.per_layer)
+    if problem.max_moves is None:
+        return Bound(per_layer=per_layer, source=names, total=problem.total(per_layer))
+    stay = _stay(problem)
+    names = np.where(stay > per_layer, STAY, names)
+    per_layer = np.maximum(per_layer, stay)
+    alone, shared = problem.total(per_layer), _shared_moves(problem, per_layer)
+    return Bound(
+        per_layer=per_layer, source=names, total=max(alone, shared), coupled=shared > alone
+    )
+
+
+def mean_bound(problem: Problem) -> FloatArray:
+    """Lower bound [layers] on the makespan of the mean load: what planning on it can reach.
+
+    Below the mean of the windows' makespans, so a target for the search, not for the result.
+    """
+    tokens, base = problem.mean_load
+    fluid = problem.cluster.fluid_seconds(tokens.sum(axis=1), base)
+    return _search(problem, tokens, base, fluid, np.zeros(problem.layers))[0]
+
+
+def _search(
+    problem: Problem, tokens: FloatArray, base: FloatArray, fluid: FloatArray, units: FloatArray
+) -> tuple[FloatArray, IntArray]:
     from moeplace.bound_kernels import search
 
-    shape = (problem.windows, problem.layers)
-    value, source = search(
-        -np.sort(-problem.tokens, axis=2).reshape(-1, problem.experts),
-        problem.base.reshape(-1, problem.ranks),
-        problem.fluid.ravel(),
+    return search(
+        -np.sort(-tokens, axis=-1).reshape(-1, problem.experts),
+        base.reshape(-1, problem.ranks),
+        fluid.ravel(),
         problem.cluster.speeds,
         _caps(problem),
         problem.routing == "even",
-        np.repeat(_units(problem), problem.layers),
+        units.ravel(),
     )
-    per_layer = value.reshape(shape)
-    names = np.array(list(ARGUMENTS))[source].reshape(shape)
-    return Bound(per_layer=per_layer, source=names, total=problem.total(per_layer))
 
 
 def recompute(problem: Problem, bound: Bound) -> None:
@@ -227,29 +264,144 @@ def recompute(problem: Problem, bound: Bound) -> None:
             f"Bound has the shape {bound.per_layer.shape}, the problem has [windows, layers] = "
             f"{shape}: it is for another problem."
         )
-    units, caps = _units(problem), _caps(problem)
+    coarse = nodes_as_ranks(problem)
+    stay = _stay(problem) if problem.max_moves is not None else np.zeros(shape)
     for window, layer in np.ndindex(shape):
         claim = float(bound.per_layer[window, layer])
         name = str(bound.source[window, layer])
         place = f"window {window}, layer {layer}"
-        if name not in ARGUMENTS:
-            raise CertificateError(f"Bound of {place} names an unknown argument {name!r}.")
-        row = Row(
-            loads=-np.sort(-problem.tokens[window, layer]),
-            base=problem.base[window, layer],
-            speeds=problem.cluster.speeds,
-            caps=caps,
-            even=problem.routing == "even",
-            unit=float(units[window]),
-        )
-        if claim != 0 and not (claim > 0 and ARGUMENTS[name](row, claim * (1 - 1e-11))):
+        if name == STAY:
+            holds = bool(claim <= stay[window, layer] * (1 + SLACK))
+        else:
+            inner = coarse if name.startswith(NODES) else problem
+            argument = ARGUMENTS.get(name.removeprefix(NODES))
+            if argument is None or inner is None:
+                raise CertificateError(f"Bound of {place} names an unknown argument {name!r}.")
+            row = _row(inner, window, layer)
+            holds = claim == 0 or (claim > 0 and argument(row, claim * (1 - 1e-11)))
+        if not holds:
             raise CertificateError(
                 f"Bound {claim!r} of {place} does not follow from {name!r}: "
                 "that argument does not refute a smaller makespan."
             )
     total = problem.total(bound.per_layer)
+    if bound.coupled and problem.max_moves is not None:
+        total = max(total, _shared_moves(problem, bound.per_layer))
     if not bound.total <= total * (1 + SLACK):
         raise CertificateError(f"Bound claims {bound.total!r} in total, its layers give {total!r}.")
+
+
+def nodes_as_ranks(problem: Problem) -> Problem | None:
+    """Expert groups as experts and nodes as ranks: a relaxation under `NodeGroups`, else None.
+
+    Any routing. Proof: a group's replicas all lie on its node, so the node runs the group's
+    load; its ranks together have the node's speed, and its slots hold at most so many groups.
+    A makespan that no assignment of groups to nodes reaches, no plan reaches.
+    """
+    if problem.node_groups is None:
+        return None
+    cluster = problem.cluster
+    assert cluster.nodes is not None
+    groups = problem.node_groups.of(problem.experts)
+    member = np.eye(int(groups.max()) + 1)[groups]
+    holds = cluster.slots > 0
+    on_node = np.eye(int(cluster.nodes.max()) + 1)[cluster.nodes] * holds[:, None]
+    smallest = np.sort(member.sum(axis=0)).cumsum()
+    slots = np.searchsorted(smallest, np.minimum(cluster.slots, problem.experts) @ on_node, "right")
+    if slots.sum() < member.shape[1]:
+        return None  # no plan at all
+    loads = problem.loads
+    speed = cluster.speeds @ on_node
+    return Problem(
+        LoadHistogram(tokens=loads.tokens @ member, passes=loads.passes, phase=loads.phase),
+        Cluster(speeds=np.where(speed > 0, speed, 1.0), slots=slots),
+        routing="weighted",
+        objective=problem.objective,
+        base_load=np.broadcast_to(problem.base_load, problem.base.shape) @ on_node,
+        layer_weight=problem.layer_weight,
+        window_weight=problem.window_weight,
+    )
+
+
+def _stay_curve(problem: Problem, window: int, layer: int) -> FloatArray:
+    """Bound [experts + 1] on the makespan if 0, 1, 2, ... copies are received.
+
+    Any routing. Proof: let X be some ranks. An expert whose replicas all lie on X, and of which
+    no copy is received, still lies wholly on X. So with M copies received X carries its base
+    load and the loads of all such experts but at most M of them, at least all but the M
+    largest. The sets tried are the n slowest ranks under the current plan, for every n.
+    """
+    assert problem.max_moves is not None
+    plan, speeds = problem.max_moves.current, problem.cluster.speeds
+    load, base = problem.tokens[window, layer], problem.base[window, layer]
+    held = plan.slots[layer] != EMPTY
+    expert, rank = plan.slots[layer, held], plan.rank_of_slot[held]
+    share = load[expert] / plan.replicas[layer, expert]
+    carried = base + np.bincount(rank, weights=share, minlength=speeds.size)
+    order = np.argsort(-carried / speeds, kind="stable")
+    place = np.empty_like(order)
+    place[order] = np.arange(order.size)
+    last = np.zeros(load.size, dtype=np.int64)
+    np.maximum.at(last, expert, place[rank])
+    inside = np.where(last <= np.arange(order.size)[:, None], load, 0.0)  # [sets, experts]
+    gone = np.cumsum(-np.sort(-inside, axis=1), axis=1)
+    left = np.maximum(inside.sum(axis=1)[:, None] - np.insert(gone, 0, 0.0, axis=1), 0.0)
+    tokens = left * (1 - SLACK) + base[order].cumsum()[:, None]
+    return np.asarray((tokens / speeds[order].cumsum()[:, None]).max(axis=0) * (1 - SLACK))
+
+
+def _stay(problem: Problem) -> FloatArray:
+    """`_stay_curve` at each layer's own budget of moves [windows, layers]."""
+    assert problem.max_moves is not None
+    rules, experts = problem.max_moves, problem.experts
+    budget = rules.allowance()
+    if rules.total is not None:
+        budget = np.minimum(budget, rules.total)
+    value = np.empty((problem.windows, problem.layers))
+    for window, layer in np.ndindex(value.shape):
+        curve = _stay_curve(problem, window, layer)
+        value[window, layer] = curve[min(int(budget[layer]), experts)]
+    return value
+
+
+def _shared_moves(problem: Problem, per_layer: FloatArray) -> float:
+    """Bound on the objective if the moves in all are shared over the layers as well as can be.
+
+    Each layer's bound as a function of its copies received is replaced by its lower convex hull;
+    the cheapest way to share the total is then greedy, and no integer way is cheaper. One window
+    only (0 otherwise).
+    """
+    rules = problem.max_moves
+    assert rules is not None
+    if rules.total is None or problem.windows > 1:
+        return 0.0
+    total, saved = rules.total, []
+    start = np.empty(problem.layers)
+    for layer in range(problem.layers):
+        most = min(int(rules.allowance()[layer]), problem.experts)
+        curve = np.maximum(_stay_curve(problem, 0, layer)[: most + 1], per_layer[0, layer])
+        start[layer] = curve[0]
+        at = 0
+        while at < most:
+            slopes = (curve[at] - curve[at + 1 :]) / np.arange(1, most - at + 1)
+            step = int(slopes.argmax()) + 1
+            if slopes[step - 1] <= 0:
+                break
+            saved += [float(slopes[step - 1] * problem.layer_weight[layer])] * step
+            at += step
+    saving = sum(sorted(saved, reverse=True)[:total])
+    return max(problem.total(start[None]) - saving, 0.0) * (1 - 1e-11)
+
+
+def _row(problem: Problem, window: int, layer: int) -> Row:
+    return Row(
+        loads=-np.sort(-problem.tokens[window, layer]),
+        base=problem.base[window, layer],
+        speeds=problem.cluster.speeds,
+        caps=_caps(problem),
+        even=problem.routing == "even",
+        unit=float(_units(problem)[window]),
+    )
 
 
 def _above(need: FloatArray | float, room: FloatArray | float) -> np.ndarray[tuple[int, ...]]:

@@ -1,17 +1,23 @@
 """What a plan must obey beyond slots: small frozen classes that check a plan.
 
-Each class says what it demands (`check` it against the shape, list its `violations` in a
-plan); planners read the same facts as masks from `Problem.allowed` and `Problem.pinned`.
+Each class checks itself against a problem (`check`), lists its `violations` in a plan, and has
+a `key` for the problem's digest. Planners read pins and forbids as masks, `Problem.allowed` and
+`Problem.pinned`.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moeplace.errors import ProblemError
+import numpy as np
+
+from moeplace._check import IntArray, integers
+from moeplace.errors import PlanError, ProblemError
+from moeplace.hardware import Cluster
+from moeplace.plan import EMPTY, Plan
 
 if TYPE_CHECKING:
-    from moeplace.plan import Plan
+    from moeplace.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -22,12 +28,12 @@ class _Pair:
     rank: int
     layer: int | None = None
 
-    def check(self, layers: int, experts: int, ranks: int) -> None:
+    def check(self, problem: "Problem") -> None:
         """Raise ProblemError if expert, rank or layer does not exist."""
         limits: tuple[tuple[str, int, int], ...]
-        limits = (("expert", self.expert, experts), ("rank", self.rank, ranks))
+        limits = (("expert", self.expert, problem.experts), ("rank", self.rank, problem.ranks))
         if self.layer is not None:
-            limits += (("layer", self.layer, layers),)
+            limits += (("layer", self.layer, problem.layers),)
         for name, value, limit in limits:
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < limit:
                 raise ProblemError(
@@ -35,7 +41,11 @@ class _Pair:
                     f"{limit - 1}."
                 )
 
-    def _held(self, plan: "Plan") -> Iterator[tuple[int, bool]]:
+    def key(self) -> bytes:
+        """Bytes that are equal for equal rules."""
+        return repr(self).encode()
+
+    def _held(self, plan: Plan) -> Iterator[tuple[int, bool]]:
         rank_slots = plan.slots[:, plan.rank_of_slot == self.rank]
         held = (rank_slots == self.expert).any(axis=1)
         for layer in range(plan.layers) if self.layer is None else [self.layer]:
@@ -46,7 +56,7 @@ class _Pair:
 class Pin(_Pair):
     """The expert must have a replica on the rank (others elsewhere are allowed)."""
 
-    def violations(self, plan: "Plan") -> list[str]:
+    def violations(self, plan: Plan, cluster: Cluster) -> list[str]:
         """One sentence for each layer that breaks the rule."""
         return [
             f"layer {layer}: expert {self.expert} is pinned to rank {self.rank} but not there"
@@ -59,7 +69,7 @@ class Pin(_Pair):
 class Forbid(_Pair):
     """The expert must have no replica on the rank."""
 
-    def violations(self, plan: "Plan") -> list[str]:
+    def violations(self, plan: Plan, cluster: Cluster) -> list[str]:
         """One sentence for each layer that breaks the rule."""
         return [
             f"layer {layer}: expert {self.expert} is forbidden on rank {self.rank} but there"
@@ -68,4 +78,127 @@ class Forbid(_Pair):
         ]
 
 
-Constraint = Pin | Forbid
+@dataclass(frozen=True, eq=False)
+class MaxMoves:
+    """At most so many copies may be received, compared with the current plan.
+
+    Parameters
+    ----------
+    current : Plan
+        What the ranks hold now.
+    per_layer : int, optional
+        Copies that all ranks together may receive in each layer.
+    total : int, optional
+        The same over all layers.
+    """
+
+    current: Plan
+    per_layer: int | None = None
+    total: int | None = None
+
+    def check(self, problem: "Problem") -> None:
+        """Raise ProblemError if a limit is negative or the current plan has another shape."""
+        if not isinstance(self.current, Plan):
+            raise ProblemError(
+                f"MaxMoves needs the current Plan, got {type(self.current).__name__}."
+            )
+        for name, value in (("per_layer", self.per_layer), ("total", self.total)):
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int) or value < 0
+            ):
+                raise ProblemError(f"MaxMoves {name} must be a whole number from 0, got {value!r}.")
+        mine = (self.current.layers, self.current.experts, self.current.rank_slots.tolist())
+        if mine != (problem.layers, problem.experts, problem.cluster.slots.tolist()):
+            raise ProblemError(
+                "MaxMoves: the current plan has other layers, experts or slots per rank than "
+                "the problem. Give the plan that the ranks hold now."
+            )
+
+    def allowance(self) -> IntArray:
+        """Copies that each layer may receive [layers], the total aside."""
+        most = self.current.slots.shape[1]
+        limit = most if self.per_layer is None else min(self.per_layer, most)
+        return np.full(self.current.layers, limit, dtype=np.int64)
+
+    def key(self) -> bytes:
+        """Bytes that are equal for equal rules."""
+        return repr((self.per_layer, self.total)).encode() + self.current.slots.tobytes()
+
+    def violations(self, plan: Plan, cluster: Cluster) -> list[str]:
+        """One sentence for each layer over its limit, and one for the total."""
+        try:
+            moves = plan.moves_from(self.current).sum(axis=1)
+        except PlanError as cause:
+            return [str(cause)]
+        found = []
+        if self.per_layer is not None:
+            found = [
+                f"layer {layer}: {moves[layer]} copies are received, at most {self.per_layer} may"
+                for layer in np.flatnonzero(moves > self.per_layer)
+            ]
+        if self.total is not None and moves.sum() > self.total:
+            found.append(f"{moves.sum()} copies are received in all, at most {self.total} may")
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class NodeGroups:
+    """All replicas of an expert group lie on one node (group-limited routing).
+
+    Parameters
+    ----------
+    groups : array-like [experts], or int
+        Group of each expert, counted from 0; or a number of equal groups of consecutive experts.
+    """
+
+    groups: IntArray | int
+
+    def of(self, experts: int) -> IntArray:
+        """Group of each expert [experts].
+
+        Raises
+        ------
+        ProblemError
+            If the experts do not divide into that many groups, or the array has another length.
+        """
+        if isinstance(self.groups, int | np.integer):
+            if not 1 <= self.groups <= experts or experts % self.groups:
+                raise ProblemError(
+                    f"{experts} experts do not divide into {self.groups} equal groups: give a "
+                    f"divisor of {experts}, or the group of each expert."
+                )
+            return np.arange(experts) // (experts // self.groups)
+        groups = integers(
+            self.groups, "Expert groups", ("expert",), ProblemError, low=0, high=experts - 1
+        )
+        if groups.size != experts:
+            raise ProblemError(
+                f"Expert groups need one entry for each of the {experts} experts, "
+                f"got {groups.size}."
+            )
+        return np.unique(groups, return_inverse=True)[1].astype(np.int64)
+
+    def check(self, problem: "Problem") -> None:
+        """Raise ProblemError if the groups do not fit the experts."""
+        self.of(problem.experts)
+
+    def key(self) -> bytes:
+        """Bytes that are equal for equal rules."""
+        return b"node groups" + np.asarray(self.groups, dtype=np.int64).tobytes()
+
+    def violations(self, plan: Plan, cluster: Cluster) -> list[str]:
+        """One sentence for each layer and group that lies on several nodes."""
+        assert cluster.nodes is not None
+        groups = self.of(plan.experts)
+        node = cluster.nodes[plan.rank_of_slot]
+        lies = np.zeros((plan.layers, int(groups.max()) + 1, int(node.max()) + 1), dtype=np.bool_)
+        layer, slot = np.nonzero(plan.slots != EMPTY)
+        lies[layer, groups[plan.slots[layer, slot]], node[slot]] = True
+        return [
+            f"layer {layer}: expert group {group} lies on nodes "
+            f"{np.flatnonzero(lies[layer, group]).tolist()}, one is allowed"
+            for layer, group in np.argwhere(lies.sum(axis=2) > 1)
+        ]
+
+
+Constraint = Pin | Forbid | MaxMoves | NodeGroups

@@ -119,7 +119,7 @@ def violations(problem: Problem, plan: Plan) -> tuple[str, ...]:
         for layer, rank in np.argwhere(plan.duplicates)
     ]
     for constraint in problem.constraints:
-        found += constraint.violations(plan)
+        found += constraint.violations(plan, problem.cluster)
     return tuple(found)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from moeplace._check import BoolArray, FloatArray, numbers
-from moeplace.constraints import Constraint, Forbid, Pin
+from moeplace.constraints import Constraint, Forbid, MaxMoves, NodeGroups, Pin
 from moeplace.errors import ProblemError
 from moeplace.hardware import Cluster
 from moeplace.loads import LoadHistogram
@@ -32,7 +32,7 @@ class Problem:
         TensorRT-LLM, SGLang dynamic), or by shares that the plan chooses.
     objective : {"mean", "worst"}
         Over windows, of the step time (the sum over layers of the slowest rank's time).
-    constraints : sequence of Pin and Forbid
+    constraints : sequence of Pin, Forbid, MaxMoves and NodeGroups
     base_load : array-like [ranks], [layers, ranks] or [windows, layers, ranks], optional
         Tokens that each rank runs whatever the plan, in the unit of the loads.
     layer_weight : array-like [layers], optional
@@ -86,9 +86,9 @@ class Problem:
         for constraint in constraints:
             if not isinstance(constraint, Constraint):
                 raise ProblemError(
-                    f"Constraints may be Pin and Forbid, got {type(constraint).__name__}."
+                    "Constraints may be Pin, Forbid, MaxMoves and NodeGroups, got "
+                    f"{type(constraint).__name__}."
                 )
-            constraint.check(self.layers, self.experts, self.ranks)
         checked: dict[str, Any] = {"constraints": constraints}
         shape = (self.windows, self.layers, self.ranks)
         base = np.zeros(self.ranks) if self.base_load is None else self.base_load
@@ -122,6 +122,11 @@ class Problem:
             checked[field] = weight
         for field, value in checked.items():
             object.__setattr__(self, field, value)
+        for constraint in constraints:
+            constraint.check(self)
+        for rule in (MaxMoves, NodeGroups):
+            if sum(isinstance(constraint, rule) for constraint in constraints) > 1:
+                raise ProblemError(f"{rule.__name__} may be given once.")
 
     @property
     def windows(self) -> int:
@@ -165,6 +170,12 @@ class Problem:
         return self.cluster.fluid_seconds(self.tokens.sum(axis=2), self.base)
 
     @cached_property
+    def mean_load(self) -> tuple[FloatArray, FloatArray]:
+        """Weighted mean over windows of tokens [layers, experts] and base load [layers, ranks]."""
+        weight = self.window_weight[:, None, None]
+        return (self.tokens * weight).sum(axis=0), (self.base * weight).sum(axis=0)
+
+    @cached_property
     def allowed(self) -> BoolArray:
         """Where experts may lie [layers, experts, ranks], by `Forbid` and ranks without slots."""
         shape = (self.layers, self.experts, self.ranks)
@@ -182,6 +193,16 @@ class Problem:
             if isinstance(rule, Pin):
                 pinned[_layers(rule.layer), rule.expert, rule.rank] = True
         return pinned
+
+    @property
+    def max_moves(self) -> MaxMoves | None:
+        """The move budget, if there is one."""
+        return next((c for c in self.constraints if isinstance(c, MaxMoves)), None)
+
+    @property
+    def node_groups(self) -> NodeGroups | None:
+        """The rule on expert groups, if there is one."""
+        return next((c for c in self.constraints if isinstance(c, NodeGroups)), None)
 
     def step_seconds(self, layer_seconds: FloatArray) -> FloatArray:
         """Sum [windows, layers] over layers with their weights -> [windows]."""
@@ -210,8 +231,8 @@ class Problem:
     def _digest(self) -> str:
         state = hashlib.sha256(b"moeplace problem 1")
         choices = (self.routing, self.objective, self.cluster.speed_unit)
-        for text in (*choices, *sorted(map(repr, self.constraints))):
-            state.update(text.encode() + b"\0")
+        for key in (*map(str.encode, choices), *sorted(rule.key() for rule in self.constraints)):
+            state.update(key + b"\0")
         cluster = self.cluster
         for array in (
             self.tokens,

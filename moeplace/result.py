@@ -100,7 +100,7 @@ class Result:
         Price of the plan; None if there is none.
     limits : Limits
     seconds : float
-        Wall time of the solve.
+        Wall time of the solve; loading and compiling kernels, once a process, is not counted.
     work : int
         Search steps used.
     reason : str
@@ -135,7 +135,7 @@ class Result:
 
     @property
     def lower_bound(self) -> float:
-        """Proven: no plan is cheaper. (Never above the price: rounding is cut off.)"""
+        """Proven: no plan is cheaper. Cut off at the price, which it may exceed by rounding."""
         total = self.bound.total
         return total if self.evaluation is None else min(total, self.evaluation.objective)
 

@@ -4,12 +4,16 @@ import time
 from collections.abc import Callable
 
 from moeplace.bounds import lower_bound
-from moeplace.errors import ProblemError
-from moeplace.evaluate import evaluate
+from moeplace.errors import PolicyNotApplicable, ProblemError
+from moeplace.evaluate import Evaluation, evaluate
+from moeplace.feasible import explain_infeasible
 from moeplace.plan import Plan
 from moeplace.policies import POLICIES
 from moeplace.problem import Problem
-from moeplace.result import Limits, Progress, Result, finish
+from moeplace.result import Limits, Progress, Result, Status, finish
+from moeplace.search.split import resplit
+
+METHODS = ("auto", *POLICIES)
 
 
 def solve(
@@ -24,11 +28,110 @@ def solve(
     start: Plan | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Result:
-    """Find a plan and prove how far from the optimum it can be."""
-    began = time.perf_counter()
+    """Find a plan and prove how far from the optimum it can be.
+
+    Parameters
+    ----------
+    problem : Problem
+        What to solve.
+    method : str
+        "auto": construction, exchange search and, where a gap is left, the published policies,
+        the best of all by `evaluate` for each layer. Or the name of one policy.
+    time_limit : float, optional
+        Seconds of wall time; compilation, once after installation, is not counted. 0 still
+        gives a plan and its bound.
+    work_limit : int, optional
+        Search steps over all layers. Without a time limit this (by default
+        2,000,000 a layer) and the gap end the search, and equal inputs give equal bits on any
+        machine, number of workers and process.
+    gap : float
+        Stop a layer when its makespan is within (1 + gap) of its lower bound.
+    seed : int
+    workers : int
+        Threads over layers.
+    start : Plan, optional
+        A plan to improve on; the result is never worse.
+    progress : callable, optional
+        Called with a `Progress` now and then.
+
+    Returns
+    -------
+    Result
+        With status infeasible and the reason if the constraints exclude each other.
+
+    Raises
+    ------
+    ProblemError
+        If an option is out of range.
+    PolicyNotApplicable
+        If the named policy cannot be used, or its plan breaks a rule of the problem.
+    PlanError
+        If `start` does not fit the problem or breaks a rule.
+    """
+    # compiled code: imported to be used
+    from moeplace.search.compiling import compile_seconds, load
+    from moeplace.search.portfolio import Run, search
+
+    load()
+    began, compiled = time.perf_counter(), compile_seconds()
+
+    def seconds() -> float:
+        return time.perf_counter() - began - (compile_seconds() - compiled)
+
     limits = Limits(time=time_limit, work=work_limit, gap=gap)
+    if method not in METHODS:
+        raise ProblemError(f"Method must be one of {', '.join(METHODS)}, got {method!r}.")
+    for name, value, least in (("seed", seed, 0), ("workers", workers, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ProblemError(f"The {name} must be a whole number from {least}, got {value!r}.")
     bound = lower_bound(problem)
-    if method not in POLICIES:
-        raise ProblemError(f"no method {method!r}")
-    evaluation = evaluate(problem, POLICIES[method](problem))
-    return finish(problem, method, bound, evaluation, limits, time.perf_counter() - began)
+    reason = explain_infeasible(problem)
+    if reason is not None:
+        return Result(
+            problem=problem,
+            method=method,
+            status=Status.INFEASIBLE,
+            bound=bound,
+            evaluation=None,
+            limits=limits,
+            seconds=seconds(),
+            reason=reason,
+        )
+    if method != "auto":
+        evaluation = _policy(problem, method)
+        return finish(problem, method, bound, evaluation, limits, seconds())
+    run = Run(problem, bound, limits, began, seed, workers, progress)
+    interrupted = False
+    try:
+        search(run, start)
+    except KeyboardInterrupt:
+        if run.best is None:
+            raise
+        interrupted = True
+    spent = seconds()
+    if run.best is not None:
+        return finish(problem, method, bound, run.best, limits, spent, run.work, interrupted)
+    return Result(
+        problem=problem,
+        method=method,
+        status=Status.NONE_IN_TIME,
+        bound=bound,
+        evaluation=None,
+        limits=limits,
+        seconds=spent,
+        work=run.work,
+        reason="the search found no plan that obeys all constraints; they may exclude each other",
+    )
+
+
+def _policy(problem: Problem, name: str) -> Evaluation:
+    plan = POLICIES[name](problem)
+    if problem.routing == "weighted" and not plan.duplicates.any():
+        plan = resplit(problem, plan)
+    evaluation = evaluate(problem, plan)
+    if not evaluation.legal:
+        raise PolicyNotApplicable(
+            f"Policy {name} gives no legal plan here: {evaluation.violations[0]} "
+            f"({len(evaluation.violations)} in all). Use method auto; compare shows its price."
+        )
+    return evaluation

@@ -9,6 +9,8 @@ machines Gonzalez, Ibarra and Sahni 1977).
 import numpy as np
 from numba import njit
 
+from moeplace._check import IntArray
+from moeplace.plan import EMPTY, Plan
 from moeplace.search.state import BARRED, HELD, PINNED, State
 
 
@@ -215,4 +217,48 @@ def construct(state: State) -> int:
             state.copies,
             state.on,
         )
+    )
+
+
+@njit(cache=True, nogil=True)
+def _adopt(layers, load, base, cap, slot, value, tokens, copies, on):  # type: ignore[no-untyped-def]
+    """Recompute all that follows from `slot` and its copies."""
+    experts = load.shape[1] - 1
+    share = np.zeros(experts + 1)
+    for layer in layers:
+        copies[layer] = 0
+        for g in range(cap.size):
+            for e in range(experts):
+                on[layer, g, e] &= ~np.uint8(HELD)
+            for k in range(cap[g]):
+                e = slot[layer, g, k]
+                if e != experts:
+                    on[layer, g, e] |= HELD
+                    copies[layer, e] += 1
+        for e in range(experts):
+            share[e] = load[layer, e] / copies[layer, e]
+        for g in range(cap.size):
+            tokens[layer, g] = base[layer, g] + sort_rank(
+                slot[layer, g], value[layer, g], cap[g], share
+            )
+
+
+def adopt(state: State, plan: Plan, layers: IntArray) -> None:
+    """Continue from a legal plan's placement in `layers`."""
+    experts = state.load.shape[1] - 1
+    held = plan.by_rank(plan.slots)[layers]
+    held = np.where(held == EMPTY, experts, held)
+    # free slots last, so that those beyond what a rank can use are cut off
+    held = np.take_along_axis(held, np.argsort(held == experts, axis=2, kind="stable"), axis=2)
+    state.slot[layers] = held[:, :, : state.slot.shape[2]]
+    _adopt(
+        layers,
+        state.load,
+        state.base,
+        state.cap,
+        state.slot,
+        state.value,
+        state.tokens,
+        state.copies,
+        state.on,
     )

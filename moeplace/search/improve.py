@@ -9,24 +9,25 @@ Sources: interchange for makespan, Finn and Horowitz 1979; multi-exchange neighb
 Frangioni, Necciari and Scutella 2004; iterated local search, Lourenco, Martin and Stuetzle 2003.
 """
 
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numba import njit
 
-from moeplace._check import BoolArray, FloatArray, IntArray
+from moeplace._check import FloatArray, IntArray
 from moeplace.search.construct import sort_rank
 from moeplace.search.state import HELD, PINNED, State
 
 #: Pairs of slots are exchanged on ranks of at most this many slots.
 MOST_PAIRED = 96
+#: Odds of the kicks: move a replica, exchange close values of the slowest rank, any exchange.
+KICKS = (4, 4, 2)
 #: An exchange must lower the larger time by this factor: rounding alone never counts.
 LESS = 1.0 - 1e-12
 
 
 @njit(cache=True, nogil=True)
-def _random(stream, layer, n):  # type: ignore[no-untyped-def]
+def random_below(stream, layer, n):  # type: ignore[no-untyped-def]
     """A whole number below n (xorshift64*, Vigna 2016)."""
     x = stream[layer]
     x ^= x >> np.uint64(12)
@@ -197,14 +198,29 @@ def _double(g, slot, tokens, speed, cap, on, first, second, sums, number):  # ty
 
 
 @njit(cache=True, nogil=True)
-def _improve(
-    layers, budgets, targets, load, base, speed, cap, slots, values, token, copies, ons, stream, works
-):  # type: ignore[no-untyped-def]
+def _improve(  # type: ignore[no-untyped-def]
+    layers,
+    budgets,
+    targets,
+    load,
+    base,
+    speed,
+    cap,
+    slots,
+    values,
+    token,
+    copies,
+    ons,
+    stream,
+    works,
+    pairs_too,
+    kicks,
+):
     """Search each of `layers` until its target or budget of steps."""
     ranks = cap.size
     experts = load.shape[1] - 1
     most = slots.shape[2]
-    paired = most <= MOST_PAIRED
+    paired = pairs_too and most <= MOST_PAIRED
     pairs = most * (most - 1) // 2 if paired else 1
     first = np.empty((ranks, pairs), dtype=np.int32)
     second = np.empty((ranks, pairs), dtype=np.int32)
@@ -242,7 +258,7 @@ def _improve(
                         g = h
                 if tokens[g] / speed[g] <= target or left <= 0:
                     break
-                end, h, i, j, steps = _single(g, slot, value, tokens, speed, cap, on)
+                _, h, i, j, steps = _single(g, slot, value, tokens, speed, cap, on)
                 left -= steps + ranks
                 double = False
                 if h < 0 and paired:
@@ -255,7 +271,7 @@ def _improve(
                             number[r] = _pairs(cap[r], value[r], first[r], second[r], sums[r])
                             stale[r] = False
                             left -= 4 * number[r]
-                    end, h, i, j, steps = _double(
+                    _, h, i, j, steps = _double(
                         g, slot, tokens, speed, cap, on, first, second, sums, number
                     )
                     left -= steps
@@ -315,18 +331,20 @@ def _improve(
             kicked_a = -1
             kicked_b = -1
             left -= ranks
-            dice = _random(stream, layer, 10)
-            if dice < 4:
-                r = _random(stream, layer, ranks)
+            if kicks[2] == 0:
+                break
+            dice = random_below(stream, layer, kicks[2])
+            if dice < kicks[0]:
+                r = random_below(stream, layer, ranks)
                 if cap[r] == 0:
                     continue
-                k = _random(stream, layer, cap[r])
+                k = random_below(stream, layer, cap[r])
                 a = slot[r, k]
                 if a != experts and (count[a] < 2 or on[r, a] & PINNED):
                     continue
                 b = -1
                 for _ in range(3):  # the hottest of three that fit
-                    e = _random(stream, layer, experts)
+                    e = random_below(stream, layer, experts)
                     if on[r, e] == 0 and share[e] > 0 and (b < 0 or share[e] > share[b]):
                         b = e
                 if b < 0:
@@ -353,15 +371,15 @@ def _improve(
                     share[a] = load[layer, a] / count[a]
                     kicked_a = a
             else:
-                r = g if dice < 8 else _random(stream, layer, ranks)
-                h = _random(stream, layer, ranks)
+                r = g if dice < kicks[1] else random_below(stream, layer, ranks)
+                h = random_below(stream, layer, ranks)
                 if cap[r] == 0 or cap[h] == 0 or r == h:
                     continue
-                k = _random(stream, layer, cap[r])
-                j = _random(stream, layer, cap[h])
-                if dice < 8:  # one of the closest in value
+                k = random_below(stream, layer, cap[r])
+                j = random_below(stream, layer, cap[h])
+                if dice < kicks[1]:  # one of the closest in value
                     j = np.searchsorted(value[h, : cap[h]], value[r, k])
-                    j = min(max(j - 2 + _random(stream, layer, 4), 0), cap[h] - 1)
+                    j = min(max(j - 2 + random_below(stream, layer, 4), 0), cap[h] - 1)
                 a = slot[r, k]
                 b = slot[h, j]
                 if on[h, a] != 0 or on[r, b] != 0 or (on[r, a] | on[h, b]) & PINNED:
@@ -386,11 +404,15 @@ def improve(
     targets: FloatArray,
     pool: ThreadPoolExecutor | None = None,
     workers: int = 1,
+    pairs: bool = True,
+    kicks: tuple[int, int, int] = KICKS,
 ) -> None:
     """Search `layers` with `budgets` steps each, until `targets` (in units of `state.unit`).
 
-    Layers do not see each other, so their outcome is the same on any number of threads.
+    Layers do not see each other, so their outcome is the same on any number of threads. `pairs`
+    and `kicks` switch steps of the search off, for the ablation.
     """
+    odds = np.cumsum(kicks)
 
     def run(part: slice) -> None:
         _improve(
@@ -408,6 +430,8 @@ def improve(
             state.on,
             state.random,
             state.work,
+            pairs,
+            odds,
         )
 
     if pool is None:

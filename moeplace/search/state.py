@@ -5,6 +5,7 @@ move into a free slot is an exchange with an expert that weighs nothing.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ from moeplace.plan import EMPTY, Plan
 from moeplace.problem import Problem
 
 #: Bits of `State.on`.
-HELD, BARRED, PINNED = 1, 2, 4
+HELD, BARRED, PINNED, OLD = 1, 2, 4, 8
 
 
 @dataclass(kw_only=True, eq=False)
@@ -38,7 +39,8 @@ class State:
     tokens : array [layers, ranks]
     copies : array [layers, experts + 1]
     on : array of bits [layers, ranks, experts + 1]
-        HELD: the rank has a replica; BARRED: it must not; PINNED: it must.
+        HELD: the rank has a replica; BARRED: it must not; PINNED: it must; OLD: the current
+        plan has it there.
     random : array of uint64 [layers]
         State of each layer's random numbers.
     work : array [layers]
@@ -61,31 +63,53 @@ class State:
     @classmethod
     def of(cls, problem: Problem, seed: int = 0) -> "State":
         """Empty state of the problem's layers, on the weighted mean of its windows."""
-        layers, experts, ranks = problem.layers, problem.experts, problem.ranks
-        weight = problem.window_weight[:, None, None]
-        mean, base = (problem.tokens * weight).sum(axis=0), (problem.base * weight).sum(axis=0)
-        unit = problem.cluster.fluid_seconds(mean.sum(axis=1), base)
-        scale = np.where(unit > 0, unit, 1.0)[:, None]
+        tokens, base = problem.mean_load
+        cluster = problem.cluster
+        unit = cluster.fluid_seconds(tokens.sum(axis=1), base)
+        state = cls._empty(tokens, base, unit, cluster.speeds, cluster.slots, seed)
+        if problem.constraints:
+            held = state.on[:, :, : problem.experts]
+            held |= np.where(problem.allowed, 0, BARRED).astype(np.uint8).swapaxes(1, 2)
+            held |= np.where(problem.pinned, PINNED, 0).astype(np.uint8).swapaxes(1, 2)
+        return state
+
+    @classmethod
+    def alone(
+        cls, load: FloatArray, base: FloatArray, speed: FloatArray, slots: IntArray, seed: int
+    ) -> "State":
+        """Empty state of a single layer: load [experts], the others [ranks]."""
+        unit = np.atleast_1d((load.sum() + base.sum()) / speed.sum())
+        return cls._empty(load[None], base[None], unit, speed, slots, seed)
+
+    @classmethod
+    def _empty(
+        cls,
+        tokens: FloatArray,
+        base: FloatArray,
+        unit: FloatArray,
+        speed: FloatArray,
+        slots: IntArray,
+        seed: int,
+    ) -> "State":
+        layers, experts = tokens.shape
+        unit = np.where(unit > 0, unit, 1.0)
         load = np.zeros((layers, experts + 1))
-        load[:, :experts] = mean / scale
-        cap = np.minimum(problem.cluster.slots, experts)
-        on = np.zeros((layers, ranks, experts + 1), dtype=np.uint8)
-        if problem.constraints or (cap == 0).any():
-            on[:, :, :experts] |= np.where(problem.allowed, 0, BARRED).astype(np.uint8).swapaxes(1, 2)
-            on[:, :, :experts] |= np.where(problem.pinned, PINNED, 0).astype(np.uint8).swapaxes(1, 2)
-        on[:, cap == 0, experts] = BARRED
+        load[:, :experts] = tokens / unit[:, None]
+        cap = np.minimum(slots, experts)
+        on = np.zeros((layers, cap.size, experts + 1), dtype=np.uint8)
+        on[:, cap == 0, :] = BARRED
         most = int(cap.max())
         streams = np.random.SeedSequence(seed).generate_state(2, np.uint64)
         random = (np.arange(layers, dtype=np.uint64) + streams[0]) * np.uint64(0x9E3779B97F4A7C15)
         return cls(
             load=load,
-            base=base / scale,
-            speed=problem.cluster.speeds,
+            base=base / unit[:, None],
+            speed=speed,
             cap=cap,
-            unit=np.where(unit > 0, unit, 1.0),
-            slot=np.full((layers, ranks, most), experts),
-            value=np.zeros((layers, ranks, most)),
-            tokens=base / scale,
+            unit=unit,
+            slot=np.full((layers, cap.size, most), experts),
+            value=np.zeros((layers, cap.size, most)),
+            tokens=base / unit[:, None],
             copies=np.zeros((layers, experts + 1), dtype=np.int64),
             on=on,
             random=random ^ streams[1] | np.uint64(1),
@@ -97,20 +121,20 @@ class State:
         """Makespan [layers] under even routing, in units of `unit`."""
         return np.asarray((self.tokens / self.speed).max(axis=1))
 
-    def slots(self, rank_slots: IntArray) -> IntArray:
-        """Slots [layers, slots] of a plan: experts ascending on each rank, EMPTY last."""
-        layers, ranks, most = self.slot.shape
-        experts = self.load.shape[1] - 1
-        used = np.arange(most) < self.cap[:, None]
-        ordered = np.sort(np.where(used, self.slot, experts), axis=2)
-        ordered = np.where(ordered == experts, EMPTY, ordered)
-        if (rank_slots == most).all():
-            return ordered.reshape(layers, -1)
-        full = np.full((layers, ranks, int(rank_slots.max())), EMPTY)
-        full[:, :, :most] = ordered
-        return full[:, np.arange(full.shape[2]) < rank_slots[:, None]]
-
     def plan(self, problem: Problem) -> Plan:
-        """The placement as a checked plan."""
+        """The placement as a checked plan: experts ascending on each rank, EMPTY last."""
+        used = np.arange(self.slot.shape[2]) < self.cap[:, None]
+        ordered = np.sort(np.where(used, self.slot, problem.experts), axis=2)
         rank_slots = problem.cluster.slots
-        return Plan(slots=self.slots(rank_slots), rank_slots=rank_slots, experts=problem.experts)
+        slots = to_slots(np.where(ordered == problem.experts, EMPTY, ordered), rank_slots)
+        return Plan(slots=slots, rank_slots=rank_slots, experts=problem.experts)
+
+
+def to_slots(table: Any, rank_slots: IntArray, fill: float = EMPTY) -> Any:
+    """Undo `plan.by_rank`: [layers, ranks, most usable] -> [layers, slots], `fill` beyond."""
+    layers, ranks, most = table.shape
+    if (rank_slots == most).all():
+        return table.reshape(layers, -1)
+    full = np.full((layers, ranks, int(rank_slots.max())), fill, dtype=table.dtype)
+    full[:, :, :most] = table
+    return full[:, np.arange(full.shape[2]) < rank_slots[:, None]]

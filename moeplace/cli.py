@@ -1,0 +1,573 @@
+"""The `moeplace` command.
+
+Answers go to stdout, everything else (errors, progress) to stderr. Exit codes: 0 done, 1 internal
+failure, 2 bad input, 3 proven infeasible, 4 no plan found in time, 5 certificate refused, 130
+interrupted (the plan so far is written).
+"""
+
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import IO, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
+
+from moeplace import __version__
+from moeplace._files import check_output
+from moeplace.bounds import Bound, lower_bound, recompute
+from moeplace.compare import (
+    COLUMNS,
+    RIVALS,
+    WIDTH,
+    Row,
+    aligned,
+    cells,
+    described,
+    exact,
+    facts,
+    imbalance,
+    notes,
+    percent,
+    printable,
+)
+from moeplace.compare import compare as beside
+from moeplace.errors import (
+    CertificateError,
+    FormatError,
+    MoeplaceError,
+    PlanError,
+    ProblemError,
+)
+from moeplace.evaluate import Evaluation
+from moeplace.evaluate import evaluate as price
+from moeplace.formats import read_plan, write_plan
+from moeplace.instances import generate, read_instance
+from moeplace.policies import POLICIES
+from moeplace.problem import Problem
+from moeplace.result import OPTIMAL_GAP, Progress, Result, Status, gap
+from moeplace.solve import METHODS
+from moeplace.solve import solve as find
+
+OK, INTERNAL, BAD_INPUT, INFEASIBLE, NONE_IN_TIME, REFUSED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+
+_EXITS = {
+    Status.INFEASIBLE: INFEASIBLE,
+    Status.NONE_IN_TIME: NONE_IN_TIME,
+    Status.INTERRUPTED: INTERRUPTED,
+}
+
+EXIT_CODES = """Exit codes: 0 done, 1 internal failure, 2 bad input, 3 proven infeasible, 4 no plan
+found in time, 5 certificate refused, 130 interrupted (the plan so far is written).
+MOEPLACE_DEBUG=1 shows tracebacks."""
+
+app = typer.Typer(
+    name="moeplace",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDTH},
+    help="Place the experts of Mixture-of-Experts models on GPUs, with a proven bound.",
+    epilog=EXIT_CODES,
+)
+
+# ------------------------------------------------------------------------------- options
+
+Instance = Annotated[
+    str,
+    typer.Argument(
+        metavar="INSTANCE",
+        help="Instance file (JSON), or generate:SHAPE:SEED[:SPEEDS] for a synthetic one: shape "
+        "A to D, speeds equal, het (the default) or a spread such as 0.04.",
+        show_default=False,
+    ),
+]
+TimeLimit = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS",
+        help="Wall time; 0 still gives a plan and its bound. Default: no limit, so that the "
+        "work limit and the gap end the search and the same inputs give the same bits.",
+        show_default=False,
+    ),
+]
+WorkLimit = Annotated[
+    int | None,
+    typer.Option(metavar="STEPS", help="Search steps over all layers.", show_default=False),
+]
+Gap = Annotated[
+    float, typer.Option(metavar="RATIO", help="Stop within (1 + gap) of the lower bound.")
+]
+Seed = Annotated[int, typer.Option(metavar="N", help="Seed of the search.")]
+Workers = Annotated[int, typer.Option(metavar="N", help="Threads.")]
+SumWindows = Annotated[
+    bool,
+    typer.Option(
+        "--sum-windows",
+        help="Sum all windows into one first. A plan looks better on the sum than in service.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", help="No table and no progress: only --json and errors.")
+]
+
+# ------------------------------------------------------------------------------ commands
+
+
+def _example(command: str) -> str:
+    return f"\b\nExample:\n  moeplace {command}"
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        _write(f"moeplace {__version__}\n")
+        raise typer.Exit(OK)
+    if context.invoked_subcommand is None:
+        _write(context.get_help() + "\n", sys.stderr)
+        raise typer.Exit(BAD_INPUT)
+
+
+@app.command(epilog=_example("solve instances/small/flashlb-even.json --out plan.json"))
+def solve(
+    instance: Instance,
+    method: Annotated[
+        str, typer.Option(metavar="NAME", help=f"One of {', '.join(METHODS)}.")
+    ] = "auto",
+    time_limit: TimeLimit = None,
+    work_limit: WorkLimit = None,
+    gap: Gap = 1e-4,
+    seed: Seed = 0,
+    workers: Workers = 1,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PLAN",
+            help="Plan to improve on; the result is never worse.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PLAN",
+            help="Write the plan here (JSON), whole or not at all.",
+            show_default=False,
+        ),
+    ] = None,
+    sum_windows: SumWindows = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find a plan and prove how far from the optimum it can be."""
+    inputs = [path for path in (instance, start) if path is not None]
+    if out is not None:
+        check_output(out, inputs)
+    if start is not None and method in POLICIES:
+        raise ProblemError(f"Method {method} cannot start from a plan: drop --start or use auto.")
+    given = _read(instance, sum_windows)
+    old = None if start is None else read_plan(start)
+    with _progress(quiet) as progress:
+        result = find(
+            given.problem,
+            method,
+            time_limit=time_limit,
+            work_limit=work_limit,
+            gap=gap,
+            seed=seed,
+            workers=workers,
+            start=old,
+            progress=progress,
+        )
+    if out is not None and result.evaluation is not None:
+        write_plan(result.plan, out)
+    _report(given, result, RIVALS, as_json=as_json, quiet=quiet)
+
+
+@app.command(epilog=_example("compare instances/small/flashlb-even.json --time-limit 1"))
+def compare(
+    instance: Instance,
+    time_limit: TimeLimit = None,
+    work_limit: WorkLimit = None,
+    gap: Gap = 1e-4,
+    seed: Seed = 0,
+    workers: Workers = 1,
+    sum_windows: SumWindows = False,
+    as_json: AsJson = False,
+) -> None:
+    """Solve, and price every policy beside our plan."""
+    given = _read(instance, sum_windows)
+    with _progress() as progress:
+        result = find(
+            given.problem,
+            time_limit=time_limit,
+            work_limit=work_limit,
+            gap=gap,
+            seed=seed,
+            workers=workers,
+            progress=progress,
+        )
+    _report(given, result, tuple(POLICIES), as_json=as_json)
+
+
+@app.command(epilog=_example("evaluate instances/small/flashlb-even.json plan.json"))
+def evaluate(
+    instance: Instance,
+    plan: Annotated[
+        str, typer.Argument(metavar="PLAN", help="Plan file (JSON).", show_default=False)
+    ],
+    sum_windows: SumWindows = False,
+    as_json: AsJson = False,
+) -> None:
+    """Price a plan. A plan that breaks a rule of the problem is priced too, and ends with 2."""
+    given = _read(instance, sum_windows)
+    problem, unit = given.problem, given.problem.cluster.time_unit
+    found = price(problem, read_plan(plan))
+    bound = lower_bound(problem)
+    # Bounds hold for legal plans only.
+    least = min(bound.total, found.objective) if found.legal else bound.total
+    left = float(gap(found.objective, least)) if found.legal else None
+    status = "illegal" if left is None else "optimal" if left <= OPTIMAL_GAP else "feasible"
+    row = Row(method="plan", evaluation=found)
+    if as_json:
+        answer = _answer(given, status, found, least, left, [row]) | {
+            "violations": list(found.violations)
+        }
+        _write_json(answer)
+    else:
+        balanced = found.balancedness
+        words = [
+            *given.words,
+            ("plan", printable(plan)),
+            ("status", status),
+            ("step time", exact(found.objective, unit)),
+            ("lower bound", exact(least, unit)),
+            *([] if left is None else [("gap", percent(left))]),
+            ("imbalance", imbalance(found)),
+            ("balancedness", f"{balanced.mean():.5f} on average, {balanced.min():.5f} at worst"),
+        ]
+        broken = [f"breaks a rule: {each}" for each in found.violations]
+        _write("\n".join([*aligned(words), *broken]) + "\n")
+    if not found.legal:
+        _error(
+            f"{plan}: the plan breaks {len(found.violations)} rules of the problem, the first: "
+            f"{found.violations[0]}. Correct the plan or drop the rule."
+        )
+        raise typer.Exit(BAD_INPUT)
+
+
+@app.command(epilog=_example("bound instances/small/flashlb-even.json --json"))
+def bound(instance: Instance, sum_windows: SumWindows = False, as_json: AsJson = False) -> None:
+    """Prove a lower bound without solving, and check the proof again."""
+    given = _read(instance, sum_windows)
+    problem, unit = given.problem, given.problem.cluster.time_unit
+    proven = lower_bound(problem)
+    recompute(problem, proven)
+    fluid = problem.total(problem.fluid)
+    if as_json:
+        _write_json(
+            _answer(given, "bound", None, proven.total, None, [])
+            | {"fluid": fluid, "sources": proven.sources, "recomputed": True}
+        )
+        return
+    above = float(gap(proven.total, fluid))
+    words = [
+        *given.words,
+        ("lower bound", exact(proven.total, unit)),
+        ("fluid bound", exact(fluid, unit)),
+        ("above fluid", percent(above)),
+        ("bound from", _sources(proven)),
+        ("checked", "recomputed from the problem alone: every argument holds"),
+    ]
+    _write("\n".join(aligned(words)) + "\n")
+
+
+# -------------------------------------------------------------------------------- inputs
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a command works on, and how to say it."""
+
+    problem: Problem
+    path: str
+    words: list[tuple[str, str]] = field(default_factory=list)
+
+
+def _read(instance: str, sum_windows: bool) -> _Given:
+    problem = _generated(instance) if instance.startswith("generate:") else read_instance(instance)
+    summed = []
+    if sum_windows:
+        summed = [("summed", f"{problem.windows:,} windows into one, which understates their time")]
+        problem = problem.aggregate()
+    return _Given(problem, instance, [*described(problem), *summed])
+
+
+def _generated(text: str) -> Problem:
+    _, *parts = text.split(":")
+    speeds: str | float = parts[2] if len(parts) == 3 else "het"
+    try:
+        shape, seed = parts[0], int(parts[1])
+    except (IndexError, ValueError) as cause:
+        raise ProblemError(
+            f"{text!r} must be generate:SHAPE:SEED or generate:SHAPE:SEED:SPEEDS, e.g. "
+            "generate:A:0 or generate:A:0:equal."
+        ) from cause
+    if len(parts) > 3:
+        raise ProblemError(f"{text!r} has more than shape, seed and speeds: drop the rest.")
+    if speeds not in ("equal", "het"):
+        with suppress(ValueError):  # `generate` says what is allowed
+            speeds = float(speeds)
+    return generate(shape, seed, speeds=speeds)
+
+
+# ------------------------------------------------------------------------------- answers
+
+
+def _report(
+    given: _Given,
+    result: Result,
+    methods: tuple[str, ...],
+    *,
+    as_json: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Print a result with its comparison; exit with the code of its status."""
+    code = _EXITS.get(result.status, OK)
+    if as_json or not quiet:
+        rows = beside(result.problem, result, methods)
+        _write_json(_solved(given, result, rows)) if as_json else _show(given, result, rows)
+    if code in (INFEASIBLE, NONE_IN_TIME):
+        reason = result.reason or "no plan was found within the limits. Give more time."
+        _error(f"{result.status}: {reason}")
+    if code != OK:
+        raise typer.Exit(code)
+
+
+def _solved(given: _Given, result: Result, rows: list[Row]) -> dict[str, Any]:
+    least = result.lower_bound
+    left = None if result.evaluation is None else result.gap
+    answer = _answer(given, str(result.status), result.evaluation, least, left, rows)
+    return answer | {
+        "method": result.method,
+        "reason": result.reason,
+        "seconds": result.seconds,
+        "work": result.work,
+        "sources": result.bound.sources,
+    }
+
+
+def _answer(
+    given: _Given,
+    status: str,
+    evaluation: Evaluation | None,
+    least: float,
+    left: float | None,
+    rows: list[Row],
+) -> dict[str, Any]:
+    """The keys that every command's JSON has."""
+    problem = given.problem
+    return {
+        "status": status,
+        "objective": None if evaluation is None else evaluation.objective,
+        "lower_bound": least,
+        "gap": left,
+        "methods": [_method(row) for row in rows],
+        "instance": given.path,
+        "name": problem.name,
+        "unit": problem.cluster.time_unit,
+        "routing": problem.routing,
+        "objective_over_windows": problem.objective,
+        "shapes": {
+            "windows": problem.windows,
+            "layers": problem.layers,
+            "experts": problem.experts,
+            "slots": problem.cluster.total_slots,
+            "ranks": problem.ranks,
+        },
+        "digest": problem.digest(),
+        "imbalance": _imbalance(evaluation),
+    }
+
+
+def _method(row: Row) -> dict[str, Any]:
+    found = row.evaluation
+    return {
+        "method": row.method,
+        "objective": None if found is None else found.objective,
+        "imbalance": _imbalance(found),
+        "moves": row.moves,
+        "legal": None if found is None else found.legal,
+        "violations": None if found is None else len(found.violations),
+        "reason": row.reason,
+    }
+
+
+def _imbalance(found: Evaluation | None) -> dict[str, float] | None:
+    if found is None:
+        return None
+    ratio = found.ratio
+    return {
+        "total": found.imbalance,
+        "mean_layer": float(ratio.mean()),
+        "worst_layer": float(ratio.max()),
+    }
+
+
+def _show(given: _Given, result: Result, rows: list[Row]) -> None:
+    known = {label for label, _ in given.words}
+    said = [pair for pair in facts(result) if pair[0] not in known]
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in COLUMNS:
+        left = column == COLUMNS[0]
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+    for row, texts in zip(rows, cells(rows), strict=True):
+        ours = row.method == result.method and row.evaluation is not None
+        table.add_row(*map(Text, texts), style="bold green" if ours else None)
+    console = Console(width=WIDTH, highlight=False, markup=False, emoji=False)
+    with console.capture() as capture:
+        for line in [*aligned([*given.words, *said]), ""]:
+            console.print(Text(line))
+        console.print(table)
+        for line in notes(result.problem, rows):
+            console.print(Text(line))
+    _write(capture.get())
+
+
+def _sources(proven: Bound) -> str:
+    return ", ".join(f"{name} {count}" for name, count in proven.sources.items())
+
+
+def _write_json(answer: dict[str, Any]) -> None:
+    """One object, ASCII; infinite numbers, which JSON does not know, become null."""
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in answer.items()
+    }
+    _write(json.dumps(finite, indent=1, allow_nan=False) + "\n")
+
+
+def _write(text: str, stream: IO[str] | None = None) -> None:
+    """Write and flush; a reader that has gone (as `| head` does) is no failure."""
+    stream = sys.stdout if stream is None else stream
+    if stream is None:  # closed before we began
+        return
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        _mute(stream)
+
+
+def _mute(stream: IO[str]) -> None:
+    """Send what is left in the buffer nowhere, lest Python complains when it ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def _error(message: str) -> None:
+    text = "".join(c if c == "\n" else printable(c) for c in message.strip())
+    _write(f"error: {text}\n", sys.stderr)
+
+
+# ------------------------------------------------------------------------------ progress
+
+
+@contextmanager
+def _progress(quiet: bool = False) -> Iterator[Callable[[Progress], None] | None]:
+    """A callback that draws a bar on stderr, if that is a terminal, after a second's work."""
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
+        yield None
+        return
+    bar = Bar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} layers within the gap"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True, highlight=False),
+        transient=True,
+    )
+    task = bar.add_task("searching", total=1)
+
+    def draw(now: Progress) -> None:
+        if now.seconds > 1:
+            bar.start()
+            bar.update(task, completed=now.layers_done, total=now.layers)
+
+    try:
+        yield draw
+    finally:
+        bar.stop()
+
+
+# ----------------------------------------------------------------------------- entry point
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line (by default `sys.argv`) and exit with its code."""
+    for stream in (sys.stdout, sys.stderr):  # what the terminal cannot show is escaped
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
+    sys.exit(_guarded(lambda: app(args=arguments, prog_name="moeplace", standalone_mode=False)))
+
+
+def _guarded(run: Callable[[], Any]) -> int:
+    """Exit code of a run, with one clean message for whatever it raises."""
+    try:
+        code = run()
+        if code == INTERRUPTED:
+            _error("interrupted")
+        return code if isinstance(code, int) else OK
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else INTERNAL
+    except (KeyboardInterrupt, typer.Abort):
+        _error("interrupted")
+        return INTERRUPTED
+    except (ProblemError, PlanError, FormatError) as cause:
+        return _failed(cause, str(cause), BAD_INPUT)
+    except CertificateError as cause:
+        return _failed(cause, str(cause), REFUSED)
+    except MoeplaceError as cause:
+        return _failed(cause, str(cause), INTERNAL)
+    except MemoryError as cause:
+        return _failed(cause, "out of memory: the instance is too large for this machine", INTERNAL)
+    except OSError as cause:
+        return _failed(cause, f"the operating system refused: {cause}", INTERNAL)
+    except Exception as cause:
+        # Usage errors of typer, whose classes moved between versions.
+        if hasattr(cause, "format_message") and hasattr(cause, "exit_code"):
+            hint = "See moeplace --help."
+            return _failed(cause, f"{cause.format_message().rstrip('.')}. {hint}", BAD_INPUT)
+        return _failed(
+            cause,
+            f"unexpected {type(cause).__name__}: {cause}. This is a fault of moeplace or its "
+            "installation; set MOEPLACE_DEBUG=1 for the traceback.",
+            INTERNAL,
+        )
+
+
+def _failed(cause: BaseException, message: str, code: int) -> int:
+    if os.environ.get("MOEPLACE_DEBUG", "0") not in ("", "0"):
+        traceback.print_exception(cause)
+    _error(message)
+    return code
+
+
+if __name__ == "__main__":
+    main()

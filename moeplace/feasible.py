@@ -1,0 +1,72 @@
+"""Whether pins and forbids leave any placement at all, and if not, why."""
+
+import numpy as np
+
+from moeplace.problem import Problem
+
+
+def explain_infeasible(problem: Problem) -> str | None:
+    """Name experts and ranks that clash in some layer, or return None if a placement exists.
+
+    A placement exists iff pins do not contradict forbids, no rank is pinned over its slots, and
+    the experts without a pin can be matched to the slots that pins leave (extra replicas never
+    help). If they cannot, a minimum cut names experts whose ranks have too few slots (Hall's
+    condition): a proof that no plan exists.
+    """
+    if not problem.constraints:
+        return None
+    both = problem.pinned & ~problem.allowed
+    if both.any():
+        layer, expert, rank = np.argwhere(both)[0]
+        cause = "has no slots" if problem.cluster.slots[rank] == 0 else "is forbidden for it"
+        return f"layer {layer}: expert {expert} is pinned to rank {rank}, which {cause}."
+    pins = problem.pinned.sum(axis=1)  # [layers, ranks]
+    over = pins > problem.cluster.slots
+    if over.any():
+        layer, rank = np.argwhere(over)[0]
+        return (
+            f"layer {layer}: {pins[layer, rank]} experts are pinned to rank {rank}, which has "
+            f"{problem.cluster.slots[rank]} slots."
+        )
+    known: set[bytes] = set()  # most layers have the same rules
+    for layer in range(problem.layers):
+        rules = problem.pinned[layer].tobytes() + problem.allowed[layer].tobytes()
+        if rules in known:
+            continue
+        known.add(rules)
+        clash = _unmatched(problem, layer, problem.cluster.slots - pins[layer])
+        if clash is not None:
+            experts, ranks, free = clash
+            return (
+                f"layer {layer}: {len(experts)} experts ({_some(experts)}) may lie only on "
+                f"{len(ranks)} ranks ({_some(ranks)}), where pins leave {free} slots."
+            )
+    return None
+
+
+def _unmatched(
+    problem: Problem, layer: int, free: np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+) -> tuple[list[int], list[int], int] | None:
+    """Experts and the only ranks open to them, if their free slots are too few."""
+    import networkx as nx  # only needed here, and slow to import
+
+    homeless = np.flatnonzero(~problem.pinned[layer].any(axis=1))
+    graph: nx.DiGraph[object] = nx.DiGraph()
+    for rank in range(problem.ranks):
+        graph.add_edge(("rank", rank), "sink", capacity=int(free[rank]))
+    for expert in homeless.tolist():
+        graph.add_edge("source", ("expert", expert), capacity=1)
+        for rank in np.flatnonzero(problem.allowed[layer, expert]).tolist():
+            graph.add_edge(("expert", expert), ("rank", rank), capacity=1)
+    if homeless.size == 0:
+        return None
+    flow, (side, _) = nx.minimum_cut(graph, "source", "sink")
+    if flow == homeless.size:
+        return None
+    experts = sorted(node[1] for node in side if node[0] == "expert")
+    ranks = np.flatnonzero(problem.allowed[layer, experts].any(axis=0)).tolist()
+    return experts, ranks, int(free[ranks].sum())
+
+
+def _some(ids: list[int]) -> str:
+    return ", ".join(map(str, ids[:6])) + (", ..." if len(ids) > 6 else "")

@@ -1,0 +1,403 @@
+"""The portfolio behind `solve(method="auto")`: which planner runs when, under which limits."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from moeplace._check import BoolArray, FloatArray, IntArray
+from moeplace.bounds import Bound, mean_bound
+from moeplace.errors import PlanError, PolicyNotApplicable
+from moeplace.evaluate import Evaluation, evaluate
+from moeplace.plan import Plan
+from moeplace.policies import POLICIES
+from moeplace.problem import Problem
+from moeplace.result import Limits, Progress
+from moeplace.search.compiling import compile_seconds
+from moeplace.search.construct import adopt, construct
+from moeplace.search.groups import grouped
+from moeplace.search.improve import improve
+from moeplace.search.moves import Moves
+from moeplace.search.nodes import assign
+from moeplace.search.split import resplit
+from moeplace.search.state import BARRED, State, to_slots
+from moeplace.search.window import window
+from moeplace.search.windows import Windows
+
+#: What is tried besides our own search, on layers where that leaves a gap.
+RIVALS = ("contiguous", "eplb", "vibe", "eplb_lpt")
+#: Search steps for each layer if neither time nor work is limited.
+DEFAULT_WORK = 2_000_000
+#: Search steps between two looks at the clock, a few milliseconds.
+STRIDE = 400_000
+#: Rounds of the search over several windows, and its first threshold relative to the cost.
+ROUNDS, HEAT = 20, 7e-4
+#: Share of time and work that a problem of several windows spends on the mean load.
+MEAN_SHARE = 0.15
+
+
+@dataclass
+class Run:
+    """One call of `solve`: its limits and the best legal plan so far."""
+
+    problem: Problem
+    bound: Bound
+    limits: Limits
+    began: float
+    seed: int
+    workers: int
+    progress: Callable[[Progress], None] | None
+    best: Evaluation | None = None
+    work: int = 0
+    reported: float = 0.0
+    compiled: float = field(default_factory=compile_seconds)
+
+    def late(self, share: float = 1.0) -> bool:
+        """Whether the time, or a share of it, is up."""
+        limit = self.limits.time
+        return limit is not None and self.seconds >= limit * share
+
+    @property
+    def seconds(self) -> float:
+        """Wall time since the call, compilation aside."""
+        return time.perf_counter() - self.began - (compile_seconds() - self.compiled)
+
+    @cached_property
+    def steps(self) -> float:
+        """Search steps allowed over all layers."""
+        if self.limits.work is not None:
+            return float(self.limits.work)
+        return DEFAULT_WORK * self.problem.layers if self.limits.time is None else float("inf")
+
+    @cached_property
+    def targets(self) -> FloatArray:
+        """Bound [layers] on the makespan of the mean load, on which the search works."""
+        if self.problem.windows == 1:
+            return np.asarray(self.bound.per_layer[0])
+        return mean_bound(self.problem)
+
+    @property
+    def open(self) -> BoolArray:
+        """Layers [layers] whose best makespan is above the gap, by the mean over windows."""
+        if self.best is None:
+            return np.ones(self.problem.layers, dtype=np.bool_)
+        weight = self.problem.window_weight
+        reached = (self.best.makespan * weight[:, None]).sum(axis=0)
+        bound = (self.bound.per_layer * weight[:, None]).sum(axis=0)
+        return np.asarray(reached > bound * (1 + self.limits.gap))
+
+    def offer(self, plan: Plan, name: str = "") -> None:
+        """Keep the plan where it is better, layer by layer; an illegal one is passed over.
+
+        Layers do not constrain each other (a total of moves aside), so under the mean over
+        windows the best of two plans is the better one in each layer. The worst window couples
+        layers: there, the better of the two plans, or of their layers mixed, is kept.
+
+        Raises
+        ------
+        PlanError
+            If the plan is illegal and has a `name`, i.e. is the user's.
+        """
+        problem = self.problem
+        if problem.routing == "weighted" and plan.split is None and not plan.duplicates.any():
+            plan = resplit(problem, plan)
+        new = evaluate(problem, plan)
+        if not new.legal:
+            if name:
+                raise PlanError(f"{name} breaks a rule of the problem: {new.violations[0]}.")
+            return
+        if self.best is None:
+            self.best = new
+            return
+        old = self.best
+        weight = problem.window_weight[:, None]
+        better = (new.makespan * weight).sum(axis=0) < (old.makespan * weight).sum(axis=0)
+        candidates = [old, new]
+        if better.any() and not better.all():
+            mixed = evaluate(problem, _mix(better, new.plan, old.plan))
+            candidates += [mixed] if mixed.legal else []
+        self.best = min(candidates, key=lambda priced: priced.objective)
+
+    def report(self, state: State) -> None:
+        """Tell the callback where the search stands, at most ten times a second."""
+        now = time.perf_counter()
+        if self.progress is None or now - self.reported < 0.1:
+            return
+        self.reported = now
+        makespan, bound = state.makespan * state.unit, self.targets
+        self.progress(
+            Progress(
+                seconds=self.seconds,
+                objective=float((makespan * self.problem.layer_weight).sum()),
+                lower_bound=float((bound * self.problem.layer_weight).sum()),
+                layers_done=int((makespan <= bound * (1 + self.limits.gap)).sum()),
+                layers=self.problem.layers,
+            )
+        )
+
+
+def search(run: Run, start: Plan | None) -> None:
+    """Leave the best legal plan found within the limits in `run.best`, if there is one."""
+    with ThreadPoolExecutor(run.workers) as pool:
+        if run.problem.max_moves is not None:
+            _few_moves(run, run.problem.max_moves.current, run.problem.max_moves.allowance(), pool)
+        else:
+            if start is not None:
+                run.offer(start, "The start plan")
+            _afresh(run, start, pool)
+
+
+def _afresh(run: Run, start: Plan | None, pool: ThreadPoolExecutor) -> None:
+    """Exact window, construction and search, rivals where a gap is left, then all windows."""
+    problem = run.problem
+    if problem.routing == "weighted" and not problem.constraints:
+        _pour(run)
+        if run.best is not None and not run.open.any():
+            return
+    state = State.of(problem, run.seed)
+    if problem.node_groups is not None:
+        groups = problem.node_groups.of(problem.experts)
+        node_of = assign(problem, groups, run.seed)
+        if node_of is None:
+            return
+        _bar_nodes(problem, state, node_of)
+    if construct(state) >= 0:
+        return
+    share = 1.0 if problem.windows == 1 else MEAN_SHARE
+    try:
+        if start is not None and problem.node_groups is None:
+            _take_better(run, state, start)
+        _descend(run, state, pool, share, rounds=1)
+        run.offer(state.plan(problem))
+        if not run.open.any():
+            return
+        for name in RIVALS:
+            if not run.late():
+                try:
+                    run.offer(POLICIES[name](problem))
+                except PolicyNotApplicable:
+                    continue
+        assert run.best is not None
+        if problem.windows == 1 and problem.routing == "even" and problem.node_groups is None:
+            _take_better(run, state, run.best.plan)
+        if problem.routing == "weighted" and not problem.constraints:
+            _join_ranks(run)
+        _descend(run, state, pool, share)
+        if problem.windows > 1:
+            run.offer(state.plan(problem))
+            _all_windows(run, state, pool)
+    finally:  # also when interrupted
+        run.offer(state.plan(problem))
+
+
+def _bar_nodes(problem: Problem, state: State, node_of: IntArray) -> None:
+    """Keep each expert group [layers, groups] on its node."""
+    assert problem.node_groups is not None
+    assert problem.cluster.nodes is not None
+    groups = problem.node_groups.of(problem.experts)
+    elsewhere = node_of[:, None, groups] != problem.cluster.nodes[None, :, None]
+    state.on[:, :, : problem.experts] |= np.where(elsewhere, BARRED, 0).astype(np.uint8)
+
+
+def _take_better(run: Run, state: State, plan: Plan) -> None:
+    """Continue from `plan` in the layers where it beats the state under even routing."""
+    held = plan.by_rank(plan.slots)
+    share = np.where(held >= 0, 1.0, 0.0)
+    layer = np.arange(plan.layers)[:, None, None]
+    share *= state.load[layer, np.maximum(held, 0)] / plan.replicas[layer, np.maximum(held, 0)]
+    makespan = ((state.base + share.sum(axis=2)) / state.speed).max(axis=1)
+    adopt(state, plan, np.flatnonzero(makespan < state.makespan * (1 - 1e-12)))
+
+
+def _pour(run: Run) -> None:
+    """Weighted routing: the sliding window, which often reaches the bound exactly."""
+    problem = run.problem
+    slots, split, placed = window(problem, run.targets * (1 + 2e-12))
+    if placed.all():
+        plan = Plan(
+            slots=slots,
+            rank_slots=problem.cluster.slots,
+            experts=problem.experts,
+            split=split if problem.windows == 1 else None,
+        )
+        run.offer(plan)
+    elif placed.any() and problem.windows == 1:
+        state = State.of(problem, run.seed)
+        construct(state)
+        rest = resplit(problem, state.plan(problem))
+        assert rest.split is not None
+        run.offer(
+            Plan(
+                slots=np.where(placed[:, None], slots, rest.slots),
+                rank_slots=rest.rank_slots,
+                experts=rest.experts,
+                split=np.where(placed[:, None], split, rest.split),
+            )
+        )
+
+
+def _join_ranks(run: Run) -> None:
+    """Weighted routing with few spare slots: ranks in groups, aiming ever higher."""
+    problem = run.problem
+    rank_slots = problem.cluster.slots
+    assert run.best is not None
+    steps = 16 * problem.cluster.total_slots
+    for layer in np.flatnonzero(run.open).tolist():
+        bound = run.targets[layer]
+        for above in (0.0, 5e-4, 2e-3, 1e-2, 3e-2, 0.1, 0.3):
+            if run.late():
+                return
+            found = grouped(problem, layer, bound * (1 + above), run.seed, steps)
+            run.work += steps
+            if found is None:
+                continue
+            take = np.zeros(problem.layers, dtype=np.bool_)
+            take[layer] = True
+            slots = run.best.plan.slots.copy()
+            slots[layer] = to_slots(found[0][None], rank_slots)[0]
+            plan = Plan(slots=slots, rank_slots=rank_slots, experts=problem.experts)
+            run.offer(plan)
+            weight = problem.window_weight
+            if (run.best.makespan[:, layer] * weight).sum() <= bound * (1 + above + 1e-4):
+                break
+
+
+def _descend(
+    run: Run, state: State, pool: ThreadPoolExecutor, share: float, rounds: int | None = None
+) -> None:
+    """Exchange search in rounds: steps go to the open layers, most to the largest gaps.
+
+    Uses at most `share` of time and work. Fewer than the slots times 32 steps a layer are not
+    worth a round; rounds grow to 100,000 steps a layer and more.
+    """
+    problem = run.problem
+    target = run.targets * (1 + run.limits.gap) / state.unit
+    slots = problem.cluster.total_slots
+    per_layer = 32 * slots
+    weight = state.unit * problem.layer_weight
+    done = 0
+    while not run.late(share) and done != rounds:
+        excess = (state.makespan - target) * weight
+        layers = np.flatnonzero(excess > 0)
+        layers = layers[np.argsort(-excess[layers], kind="stable")]
+        left = run.steps * share - run.work
+        if layers.size == 0 or left <= 0:
+            return
+        # half of the steps alike, half by the time that a layer can still save
+        part = 0.5 / layers.size + 0.5 * excess[layers] / excess[layers].sum()
+        budget = np.ceil(part * min(per_layer * layers.size, left)).astype(np.int64)
+        for mine in _chunks(budget):
+            before = int(state.work.sum())
+            improve(state, layers[mine], budget[mine], target[layers[mine]], pool, run.workers)
+            run.work += int(state.work.sum()) - before
+            run.report(state)
+            if run.late(share):
+                return
+        per_layer = min(2 * per_layer, 100_000 + 64 * slots)
+        done += 1
+
+
+def _chunks(budget: IntArray) -> list[IntArray]:
+    """Positions of `budget` in calls of about STRIDE steps, so that clock and Ctrl-C are heeded."""
+    call = budget.cumsum() // STRIDE
+    return np.split(np.arange(budget.size), np.flatnonzero(np.diff(call)) + 1)
+
+
+def _few_moves(run: Run, current: Plan, allowance: IntArray, pool: ThreadPoolExecutor) -> None:
+    """Steps from the current plan within its budget of moves; a total goes where it buys most."""
+    problem = run.problem
+    if evaluate(problem, current.with_split(None)).legal:
+        run.offer(current.with_split(None))
+    rules = problem.max_moves
+    state = State.of(problem, run.seed)
+    construct(state)  # sets up the state; the current plan replaces the outcome
+    adopt(state, current, np.arange(problem.layers))
+    if problem.node_groups is not None:  # groups stay on the nodes where they are
+        groups = problem.node_groups.of(problem.experts)
+        assert problem.cluster.nodes is not None
+        node = problem.cluster.nodes[current.rank_of_slot]
+        node_of = np.zeros((problem.layers, int(groups.max()) + 1), dtype=np.int64)
+        layer, slot = np.nonzero(current.slots >= 0)
+        node_of[layer, groups[current.slots[layer, slot]]] = node[slot]
+        _bar_nodes(problem, state, node_of)
+    target = run.targets * (1 + run.limits.gap) / state.unit
+    moves = Moves(state, allowance)
+    total = rules.total if rules is not None else None
+    per_layer = 64 * problem.cluster.total_slots
+    left = run.steps
+    try:
+        while not run.late() and left > 0:
+            layers = np.flatnonzero(state.makespan > target)
+            if layers.size == 0:
+                break
+            budget = np.full(layers.size, int(min(per_layer, np.ceil(left / layers.size))))
+            for mine in _chunks(budget):
+                before = int(state.work.sum())
+                moves.improve(layers[mine], budget[mine], target[layers[mine]], pool, run.workers)
+                run.work += int(state.work.sum()) - before
+                left = run.steps - run.work
+                run.report(state)
+                if run.late():
+                    break
+            if total is not None:
+                moves.share_out(total, state.unit * problem.layer_weight, target, pool)
+                total = None
+            per_layer = min(4 * per_layer, 4_000_000)
+    finally:
+        if total is not None:
+            moves.share_out(total, state.unit * problem.layer_weight, target, pool)
+        run.offer(state.plan(problem))
+
+
+def _all_windows(run: Run, state: State, pool: ThreadPoolExecutor) -> None:
+    """Several windows, one placement: anneal on all; the worst window moves the weights there."""
+    problem = run.problem
+    every = Windows(problem, state)
+    layers = np.arange(problem.layers)
+    weight = problem.window_weight.copy()
+    if problem.objective == "worst":
+        weight = np.full(problem.windows, 1.0 / problem.windows)
+    trials, began, begun_work = 200, run.seconds, run.work
+    for turn in range(ROUNDS):
+        if run.late() or run.work >= run.steps:
+            return
+        if run.steps < float("inf"):
+            left = (run.steps - begun_work) / (problem.layers * problem.windows * ROUNDS)
+            trials = max(int(left), 1)
+        heat = np.tile(
+            [HEAT * (1 - turn / ROUNDS), HEAT * (1 - (turn + 1) / ROUNDS)], (layers.size, 1)
+        )
+        for mine in _chunks(np.full(layers.size, trials * (10 + problem.windows))):
+            every.improve(layers[mine], trials, heat[mine], weight, pool, run.workers)
+            if run.late():
+                break
+        run.work += trials * problem.layers * problem.windows
+        if problem.objective == "worst":
+            run.offer(state.plan(problem))
+            steps = evaluate(problem, state.plan(problem)).step_seconds
+            weight *= np.exp(20 * (steps / steps.max() - 1))
+            weight /= weight.sum()
+        elif run.best is not None and run.best.objective <= run.bound.total * (1 + run.limits.gap):
+            return
+        if run.limits.time is not None:
+            spent = run.seconds - began
+            began += spent
+            left_time = run.limits.time - began
+            pace = trials / max(spent, 1e-9)
+            trials = max(int(min(pace * left_time / (ROUNDS - turn), 8.0 * trials)), 100)
+
+
+def _mix(take: BoolArray, new: Plan, old: Plan) -> Plan:
+    """Layers of `new` where `take` [layers] is true, of `old` elsewhere."""
+    split = None
+    if new.split is not None and old.split is not None:
+        split = np.where(take[:, None], new.split, old.split)
+    return Plan(
+        slots=np.where(take[:, None], new.slots, old.slots),
+        rank_slots=old.rank_slots,
+        experts=old.experts,
+        split=split,
+    )

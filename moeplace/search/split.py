@@ -1,0 +1,41 @@
+"""Best shares for a placement that stays as it is (weighted routing)."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moeplace.errors import ProblemError
+from moeplace.evaluate import check_fits
+from moeplace.plan import Plan
+
+if TYPE_CHECKING:
+    from moeplace.problem import Problem
+
+
+def resplit(problem: "Problem", plan: Plan) -> Plan:
+    """Shares that minimise every layer's makespan in every window, placement unchanged.
+
+    Exact: a parametric maximum flow finds the least T at which all tokens reach ranks that hold
+    their experts (discrete Newton: each minimum cut names the ranks that are too slow and gives
+    the next T). Shares are per window when the problem has several.
+
+    Raises
+    ------
+    ProblemError
+        If the routing is even: the engine would ignore shares.
+    PlanError
+        If the plan does not fit the problem.
+    """
+    from moeplace.search.flow import shares
+
+    if problem.routing == "even":
+        raise ProblemError(
+            "Shares cannot be chosen under even routing: the engine shares evenly. "
+            'Set routing="weighted" if it can follow shares.'
+        )
+    check_fits(problem, plan)
+    split = np.empty((problem.windows, *plan.slots.shape))
+    shares(
+        problem.tokens, problem.base, problem.cluster.speeds, plan.rank_of_slot, plan.slots, split
+    )
+    return plan.with_split(split[0] if problem.windows == 1 else split)

@@ -1,0 +1,222 @@
+"""Compiled search over several windows with one placement (even routing).
+
+A layer costs the weighted sum over windows of its slowest rank's time. Trials exchange a slot
+of the slowest rank of a random window with a random one, or move a replica; a trial costs
+O(windows), since the three slowest ranks of each window are kept. Trials that cost less than a
+threshold are accepted; the threshold falls to zero over the search (Dueck and Scheuer 1990).
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numba import njit
+
+from moeplace._check import FloatArray, IntArray
+from moeplace.problem import Problem
+from moeplace.search.improve import random_below
+from moeplace.search.state import HELD, PINNED, State
+
+
+@njit(cache=True, nogil=True)
+def _three(time, top):  # type: ignore[no-untyped-def]
+    """The three slowest ranks of a window into `top`, -1 where there are fewer."""
+    top[:] = -1
+    for g in range(time.size):
+        if top[0] < 0 or time[g] > time[top[0]]:
+            top[2] = top[1]
+            top[1] = top[0]
+            top[0] = g
+        elif top[1] < 0 or time[g] > time[top[1]]:
+            top[2] = top[1]
+            top[1] = g
+        elif top[2] < 0 or time[g] > time[top[2]]:
+            top[2] = g
+
+
+@njit(cache=True, nogil=True)
+def _price(weight, load, base, speed, cap, slot, count, time, top):  # type: ignore[no-untyped-def]
+    """Recompute rank times [windows, ranks] of a layer and what it costs."""
+    total = 0.0
+    empty = load.shape[1] - 1
+    for w in range(weight.size):
+        for g in range(speed.size):
+            tokens = base[w, g]
+            for k in range(cap[g]):
+                e = slot[g, k]
+                if e != empty:
+                    tokens += load[w, e] / count[e]
+            time[w, g] = tokens / speed[g]
+        _three(time[w], top[w])
+        total += weight[w] * time[w, top[w, 0]]
+    return total
+
+
+@njit(cache=True, nogil=True)
+def _anneal(  # type: ignore[no-untyped-def]
+    layers, trials, heat, weight, loads, bases, speed, cap, slots, copies, ons, stream, works, costs
+):
+    windows = weight.size
+    ranks = cap.size
+    empty = loads.shape[2] - 1
+    time = np.empty((windows, ranks))
+    top = np.empty((windows, 3), dtype=np.int64)
+    best_slot = np.empty_like(slots[0])
+    steps = np.cumsum(weight)
+    for turn in range(layers.size):
+        layer = layers[turn]
+        slot = slots[layer]
+        on = ons[layer]
+        count = copies[layer]
+        load = loads[:, layer]
+        base = bases[:, layer]
+        now = _price(weight, load, base, speed, cap, slot, count, time, top)
+        best = now
+        best_slot[:] = slot
+        start = heat[turn, 0] * now
+        slope = (heat[turn, 1] - heat[turn, 0]) * now / trials
+        accepted = 0
+        for trial in range(trials):
+            threshold = start + slope * trial
+            dice = random_below(stream, layer, 1 << 30) / float(1 << 30) * steps[-1]
+            w = min(np.searchsorted(steps, dice, side="right"), windows - 1)
+            g = top[w, 0]
+            h = random_below(stream, layer, ranks)
+            if cap[h] == 0 or cap[g] == 0:
+                continue
+            if random_below(stream, layer, 4) > 0:
+                i = random_below(stream, layer, cap[g])
+                j = random_below(stream, layer, cap[h])
+                a = slot[g, i]
+                b = slot[h, j]
+                if h == g or on[h, a] != 0 or on[g, b] != 0 or (on[g, a] | on[h, b]) & PINNED:
+                    continue
+                delta = 0.0
+                for v in range(windows):
+                    d = load[v, a] / max(count[a], 1) - load[v, b] / max(count[b], 1)
+                    most = max(time[v, g] - d / speed[g], time[v, h] + d / speed[h])
+                    for n in range(3):
+                        r = top[v, n]
+                        if r < 0:
+                            break
+                        if r != g and r != h:
+                            most = max(most, time[v, r])
+                            break
+                    delta += weight[v] * (most - time[v, top[v, 0]])
+                if delta >= threshold:
+                    continue
+                for v in range(windows):
+                    d = load[v, a] / max(count[a], 1) - load[v, b] / max(count[b], 1)
+                    time[v, g] -= d / speed[g]
+                    time[v, h] += d / speed[h]
+                    _three(time[v], top[v])
+                slot[g, i] = b
+                slot[h, j] = a
+                if a != empty:
+                    on[g, a] &= ~np.uint8(HELD)
+                    on[h, a] |= HELD
+                if b != empty:
+                    on[h, b] &= ~np.uint8(HELD)
+                    on[g, b] |= HELD
+            else:  # rank h gives up a copy (or a free slot) for one of an expert on g
+                k = random_below(stream, layer, cap[h])
+                a = slot[h, k]
+                if h == g:  # or the slowest rank for any other expert
+                    b = random_below(stream, layer, empty)
+                else:
+                    b = slot[g, random_below(stream, layer, cap[g])]
+                if b == empty or on[h, b] != 0 or a == b:
+                    continue
+                if a != empty and (count[a] < 2 or on[h, a] & PINNED):
+                    continue
+                delta = 0.0
+                for v in range(windows):
+                    more_b = load[v, b] / (count[b] + 1)
+                    fall = load[v, b] / count[b] - more_b
+                    less_a = load[v, a] / count[a] if a != empty else 0.0
+                    rise = load[v, a] / (count[a] - 1) - less_a if a != empty else 0.0
+                    most = 0.0
+                    for r in range(ranks):
+                        t = time[v, r]
+                        if r == h:
+                            t += (more_b - less_a) / speed[r]
+                        else:
+                            if on[r, b] & HELD:
+                                t -= fall / speed[r]
+                            if a != empty and on[r, a] & HELD:
+                                t += rise / speed[r]
+                        most = max(most, t)
+                    delta += weight[v] * (most - time[v, top[v, 0]])
+                if delta >= threshold:
+                    continue
+                slot[h, k] = b
+                on[h, b] |= HELD
+                count[b] += 1
+                if a != empty:
+                    on[h, a] &= ~np.uint8(HELD)
+                    count[a] -= 1
+                now = _price(weight, load, base, speed, cap, slot, count, time, top)
+                delta = 0.0
+            now += delta
+            accepted += 1
+            if accepted % 256 == 0:  # rounding of the updates does not add up
+                now = _price(weight, load, base, speed, cap, slot, count, time, top)
+            if now < best * (1 - 1e-9):
+                best = now
+                best_slot[:] = slot
+        works[layer] += trials
+        # leave the layer at its best
+        for g in range(ranks):
+            for k in range(cap[g]):
+                on[g, slot[g, k]] &= ~np.uint8(HELD)
+        count[:] = 0
+        for g in range(ranks):
+            for k in range(cap[g]):
+                e = best_slot[g, k]
+                slot[g, k] = e
+                if e != empty:
+                    on[g, e] |= HELD
+                    count[e] += 1
+        costs[layer] = _price(weight, load, base, speed, cap, slot, count, time, top)
+
+
+class Windows:
+    """All windows of a problem, for a state's placement to be improved on.
+
+    Parameters
+    ----------
+    problem : Problem
+    state : State
+        Its placement is the start; `slot`, `copies`, `on`, `random` and `work` change. Its
+        values and tokens (of the mean load) are not kept up to date.
+    """
+
+    def __init__(self, problem: Problem, state: State) -> None:
+        scale = state.unit[:, None]
+        self.load = np.zeros((problem.windows, problem.layers, problem.experts + 1))
+        self.load[:, :, :-1] = problem.tokens / scale
+        self.base = problem.base / scale
+        self.state = state
+        self.cost = np.zeros(problem.layers)
+
+    def improve(
+        self,
+        layers: IntArray,
+        trials: int,
+        heat: FloatArray,
+        weight: FloatArray,
+        pool: ThreadPoolExecutor,
+        workers: int,
+    ) -> None:
+        """Anneal `layers`, `trials` each, threshold falling over `heat` [layers, 2] x cost.
+
+        Layers are left at their best cost by `weight` [windows], never above where they began.
+        """
+        state = self.state
+
+        def run(part: slice) -> None:
+            _anneal(
+                layers[part], trials, heat[part], weight, self.load, self.base, state.speed,
+                state.cap, state.slot, state.copies, state.on, state.random, state.work, self.cost,
+            )  # fmt: skip
+
+        list(pool.map(run, [slice(part, None, workers) for part in range(workers)]))
