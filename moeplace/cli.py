@@ -497,7 +497,7 @@ def _progress(quiet: bool = False) -> Iterator[Callable[[Progress], None] | None
     bar = Bar(
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed}/{task.total} layers within the gap"),
+        TextColumn("{task.completed}/{task.total} layers done"),
         TimeElapsedColumn(),
         console=Console(stderr=True, highlight=False),
         transient=True,

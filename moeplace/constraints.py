@@ -41,7 +41,7 @@ class _Pair:
                     f"{limit - 1}."
                 )
 
-    def key(self) -> bytes:
+    def key(self, experts: int) -> bytes:
         """Bytes that are equal for equal rules."""
         return repr(self).encode()
 
@@ -120,9 +120,10 @@ class MaxMoves:
         limit = most if self.per_layer is None else min(self.per_layer, most)
         return np.full(self.current.layers, limit, dtype=np.int64)
 
-    def key(self) -> bytes:
+    def key(self, experts: int) -> bytes:
         """Bytes that are equal for equal rules."""
-        return repr((self.per_layer, self.total)).encode() + self.current.slots.tobytes()
+        limits = f"max moves {self.per_layer} {self.total} "
+        return limits.encode() + self.current.slots.tobytes()
 
     def violations(self, plan: Plan, cluster: Cluster) -> list[str]:
         """One sentence for each layer over its limit, and one for the total."""
@@ -182,9 +183,9 @@ class NodeGroups:
         """Raise ProblemError if the groups do not fit the experts."""
         self.of(problem.experts)
 
-    def key(self) -> bytes:
+    def key(self, experts: int) -> bytes:
         """Bytes that are equal for equal rules."""
-        return b"node groups" + np.asarray(self.groups, dtype=np.int64).tobytes()
+        return b"node groups " + self.of(experts).tobytes()
 
     def violations(self, plan: Plan, cluster: Cluster) -> list[str]:
         """One sentence for each layer and group that lies on several nodes."""

@@ -125,11 +125,6 @@ def read_instance(path: PathLike) -> Problem:
         )
     except (ProblemError, PlanError) as error:
         raise type(error)(f"{path}: {error}") from error
-    if file.window_weight is not None and abs(math.fsum(file.window_weight) - 1.0) < 1e-13:
-        # Normalising again what is normalised already may change the last bit, and the digest.
-        weight = np.array(file.window_weight) + 0.0
-        weight.setflags(write=False)
-        object.__setattr__(problem, "window_weight", weight)
     return problem
 
 

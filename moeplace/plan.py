@@ -46,6 +46,11 @@ class Plan:
     allow_duplicates: bool = False
 
     def __post_init__(self) -> None:
+        whole = isinstance(self.experts, int | np.integer) and not isinstance(self.experts, bool)
+        if not whole or self.experts < 1:
+            raise PlanError(
+                f"Plan needs a whole number of experts of at least 1, got {self.experts!r}."
+            )
         high = int(self.experts) - 1
         rank_slots = integers(
             self.rank_slots, "Slots per rank", ("rank",), PlanError, low=0, high=1 << 20

@@ -116,8 +116,8 @@ class Problem:
                 )
             if not weight.any():
                 raise ProblemError(f"{name} is 0 everywhere: at least one must be positive.")
-            if axis == "window":
-                weight = weight / weight.sum()
+            if axis == "window" and abs(math.fsum(weight) - 1.0) > 1e-13:  # else keep the bits
+                weight = weight / math.fsum(weight)
                 weight.setflags(write=False)
             checked[field] = weight
         for field, value in checked.items():
@@ -231,7 +231,8 @@ class Problem:
     def _digest(self) -> str:
         state = hashlib.sha256(b"moeplace problem 1")
         choices = (self.routing, self.objective, self.cluster.speed_unit)
-        for key in (*map(str.encode, choices), *sorted(rule.key() for rule in self.constraints)):
+        rules = sorted(rule.key(self.experts) for rule in self.constraints)
+        for key in (*map(str.encode, choices), *rules):
             state.update(key + b"\0")
         cluster = self.cluster
         for array in (

@@ -112,7 +112,7 @@ def test_a_problem_read_back_is_the_same(tmp_path: Path, problem: Problem) -> No
     back = read_instance(tmp_path / "problem.json")
     assert back.digest() == problem.digest()
     assert (back.name, back.origin) == (problem.name, problem.origin)
-    keys = [[(type(c), c.key()) for c in p.constraints] for p in (back, problem)]
+    keys = [[(type(c), c.key(problem.experts)) for c in p.constraints] for p in (back, problem)]
     assert keys[0] == keys[1]
     assert back.loads.phase == problem.loads.phase
     assert np.array_equal(back.loads.tokens, problem.loads.tokens)

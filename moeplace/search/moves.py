@@ -278,10 +278,9 @@ def _search(  # type: ignore[no-untyped-def]
             n = 0
             drop = 0 if first else 1 + random_below(stream, layer, 3)
             for s in range(lengths[layer]):
-                if not first:
-                    # each step is dropped with probability drop / length
-                    if random_below(stream, layer, lengths[layer]) < drop:
-                        continue
+                # each step is dropped with probability drop / length
+                if not first and random_below(stream, layer, lengths[layer]) < drop:
+                    continue
                 step[:] = kept[s]
                 cost = _apply(
                     step[0], step[1], step[2], step[3], step[4], slot, on, holders, count, tokens,

@@ -33,8 +33,9 @@ RIVALS = ("contiguous", "eplb", "vibe", "eplb_lpt")
 DEFAULT_WORK = 2_000_000
 #: Search steps between two looks at the clock, a few milliseconds.
 STRIDE = 400_000
-#: Rounds of the search over several windows, and its first threshold relative to the cost.
-ROUNDS, HEAT = 20, 7e-4
+#: Rounds of the search over several windows, and its first threshold: this over the slots, times
+#: the cost (what one exchange changes shrinks with the number of slots).
+ROUNDS, HEAT = 20, 0.18
 #: Share of time and work that a problem of several windows spends on the mean load.
 MEAN_SHARE = 0.15
 
@@ -367,9 +368,8 @@ def _all_windows(run: Run, state: State, pool: ThreadPoolExecutor) -> None:
         if run.steps < float("inf"):
             left = (run.steps - begun_work) / (problem.layers * problem.windows * ROUNDS)
             trials = max(int(left), 1)
-        heat = np.tile(
-            [HEAT * (1 - turn / ROUNDS), HEAT * (1 - (turn + 1) / ROUNDS)], (layers.size, 1)
-        )
+        cooling = np.array([1 - turn / ROUNDS, 1 - (turn + 1) / ROUNDS])
+        heat = np.tile(HEAT / problem.cluster.total_slots * cooling, (layers.size, 1))
         for mine in _chunks(np.full(layers.size, trials * (10 + problem.windows))):
             every.improve(layers[mine], trials, heat[mine], weight, pool, run.workers)
             if run.late():
