@@ -256,7 +256,7 @@ def _search_gap(shape: str, seed: int, limit: float, options: dict[str, Any]) ->
         construct(state)
         with ThreadPoolExecutor(1) as pool:
             while time.perf_counter() - began < limit:
-                steps = np.full(layers.size, 2000)
+                steps = np.full(layers.size, 64 * problem.cluster.total_slots)
                 improve(state, layers, steps, bound / state.unit, pool, 1, **options)
     return float((state.makespan * state.unit).sum() / bound.sum() - 1)
 

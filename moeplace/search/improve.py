@@ -22,6 +22,11 @@ from moeplace.search.state import HELD, PINNED, State
 MOST_PAIRED = 96
 #: Odds of the kicks: move a replica, exchange close values of the slowest rank, any exchange.
 KICKS = (4, 4, 2)
+#: One kick in so many is followed by another before the descent; one in two after so many
+#: descents without success, which only small layers see within a call.
+DEEPER, STUCK = 4, 200
+#: Then one in so many outcomes is kept although it is worse; the best is remembered.
+STRAY = 50
 #: An exchange must lower the larger time by this factor: rounding alone never counts.
 LESS = 1.0 - 1e-12
 
@@ -198,6 +203,87 @@ def _double(g, slot, tokens, speed, cap, on, first, second, sums, number):  # ty
 
 
 @njit(cache=True, nogil=True)
+def _put_back(touched, n_touched, kept, cap, slot, on, count, share, load):  # type: ignore[no-untyped-def]
+    """Give the first `n_touched` ranks in `touched` their slots in `kept` again."""
+    empty = count.size - 1
+    for n in range(n_touched):
+        r = touched[n]
+        for k in range(cap[r]):
+            e = slot[r, k]
+            if e != empty:
+                on[r, e] &= ~np.uint8(HELD)
+                count[e] -= 1
+    for n in range(n_touched):
+        r = touched[n]
+        for k in range(cap[r]):
+            e = kept[r, k]
+            slot[r, k] = e
+            if e != empty:
+                on[r, e] |= HELD
+                count[e] += 1
+    for n in range(n_touched):
+        r = touched[n]
+        for k in range(cap[r]):
+            e = slot[r, k]
+            share[e] = load[e] / max(count[e], 1)
+
+
+@njit(cache=True, nogil=True)
+def _choose(  # type: ignore[no-untyped-def]
+    replica, close, g, slot, value, cap, on, count, share, stream, layer, kick, touched
+):
+    """A random change; returns how many ranks, listed in `touched`, it changes (0: none found).
+
+    `kick` is (rank, slot, other rank, its slot, -) for an exchange, of close values out of the
+    slowest rank g if `close`; or (rank, slot, -1, -1, expert or EMPTY that takes the slot) if
+    `replica`.
+    """
+    ranks = cap.size
+    empty = count.size - 1
+    if not replica:
+        r = g if close else random_below(stream, layer, ranks)
+        h = random_below(stream, layer, ranks)
+        if cap[r] == 0 or cap[h] == 0 or r == h:
+            return 0
+        k = random_below(stream, layer, cap[r])
+        j = random_below(stream, layer, cap[h])
+        if close:
+            j = np.searchsorted(value[h, : cap[h]], value[r, k])
+            j = min(max(j - 2 + random_below(stream, layer, 4), 0), cap[h] - 1)
+        a = slot[r, k]
+        b = slot[h, j]
+        if on[h, a] != 0 or on[r, b] != 0 or (on[r, a] | on[h, b]) & PINNED:
+            return 0
+        kick[:] = (r, k, h, j, -1)
+        touched[0] = r
+        touched[1] = h
+        return 2
+    r = random_below(stream, layer, ranks)
+    if cap[r] == 0:
+        return 0
+    k = random_below(stream, layer, cap[r])
+    a = slot[r, k]
+    if a != empty and (count[a] < 2 or on[r, a] & PINNED):
+        return 0
+    b = -1
+    for _ in range(3):  # the hottest of three that fit
+        e = random_below(stream, layer, empty)
+        if on[r, e] == 0 and share[e] > 0 and (b < 0 or share[e] > share[b]):
+            b = e
+    if b < 0 or random_below(stream, layer, 8) == 0:
+        if a == empty:
+            return 0
+        b = empty  # only give the copy up
+    n = 0
+    for h in range(ranks):
+        if h == r or (a != empty and on[h, a] & HELD) or on[h, b] & HELD:
+            touched[n] = h
+            n += 1
+    kick[:] = (r, k, -1, -1, b)
+    return n
+
+
+@njit(cache=True, nogil=True)
 def _improve(  # type: ignore[no-untyped-def]
     layers,
     budgets,
@@ -228,10 +314,12 @@ def _improve(  # type: ignore[no-untyped-def]
     number = np.zeros(ranks, dtype=np.int64)
     stale = np.ones(ranks, dtype=np.bool_)
     share = np.zeros(experts + 1)
+    best_slot = np.empty((ranks, most), dtype=np.int64)
     kept = np.empty((ranks, most), dtype=np.int64)  # slots before a kick, of the ranks touched
     touched = np.empty(ranks, dtype=np.int64)
     is_touched = np.zeros(ranks, dtype=np.bool_)
     holders = np.empty(ranks, dtype=np.int64)
+    kick = np.empty(5, dtype=np.int64)
     for turn in range(layers.size):
         layer = layers[turn]
         target = targets[turn]
@@ -245,9 +333,9 @@ def _improve(  # type: ignore[no-untyped-def]
         stale[:] = True
         left = budgets[turn]
         before = np.inf  # makespan before the kick
-        kicked_a = -1  # experts whose copies the kick changed
-        kicked_b = -1
         n_touched = 0
+        fails = 0
+        best = np.inf  # before the search went astray
         while True:
             # descend
             g = 0
@@ -297,23 +385,16 @@ def _improve(  # type: ignore[no-untyped-def]
                     stale[r] = True
             slowest = tokens[g] / speed[g]
             # keep the outcome of the kick, or go back
-            if slowest > before:
-                if kicked_a >= 0:
-                    count[kicked_a] += 1
-                    share[kicked_a] = load[layer, kicked_a] / count[kicked_a]
-                if kicked_b >= 0:
-                    count[kicked_b] -= 1
-                    share[kicked_b] = load[layer, kicked_b] / count[kicked_b]
+            astray = fails >= STUCK and slowest > before and random_below(stream, layer, STRAY) == 0
+            if astray and before < best:  # leave a dead end, remember the way back
+                best = before
+                best_slot[:] = slot
+                for n in range(n_touched):
+                    best_slot[touched[n]] = kept[touched[n]]
+            if slowest > before and not astray:
+                _put_back(touched, n_touched, kept, cap, slot, on, count, share, load[layer])
                 for n in range(n_touched):
                     r = touched[n]
-                    for k in range(cap[r]):
-                        on[r, slot[r, k]] &= ~np.uint8(HELD)
-                for n in range(n_touched):
-                    r = touched[n]
-                    for k in range(cap[r]):
-                        slot[r, k] = kept[r, k]
-                        if slot[r, k] != experts:
-                            on[r, slot[r, k]] |= HELD
                     tokens[r] = base[layer, r] + sort_rank(slot[r], value[r], cap[r], share)
                     stale[r] = True
                 slowest = before
@@ -326,74 +407,55 @@ def _improve(  # type: ignore[no-untyped-def]
             n_touched = 0
             if slowest <= target or left <= 0:
                 break
-            # kick
-            before = slowest
-            kicked_a = -1
-            kicked_b = -1
-            left -= ranks
             if kicks[2] == 0:
                 break
-            dice = random_below(stream, layer, kicks[2])
-            if dice < kicks[0]:
-                r = random_below(stream, layer, ranks)
-                if cap[r] == 0:
+            fails = fails + 1 if slowest >= before else 0
+            before = slowest
+            depth = 1
+            again = DEEPER if fails < STUCK else 2
+            while depth < 8 and random_below(stream, layer, again) == 0:
+                depth += 1
+            while depth > 0 and left > 0:
+                left -= ranks
+                dice = random_below(stream, layer, kicks[2])
+                n = _choose(
+                    dice < kicks[0], dice < kicks[1], g, slot, value, cap, on, count, share,
+                    stream, layer, kick, holders,
+                )  # fmt: skip
+                if n == 0:
                     continue
-                k = random_below(stream, layer, cap[r])
-                a = slot[r, k]
-                if a != experts and (count[a] < 2 or on[r, a] & PINNED):
-                    continue
-                b = -1
-                for _ in range(3):  # the hottest of three that fit
-                    e = random_below(stream, layer, experts)
-                    if on[r, e] == 0 and share[e] > 0 and (b < 0 or share[e] > share[b]):
-                        b = e
-                if b < 0:
-                    continue
-                n_holders = 0
-                for h in range(ranks):
-                    if h == r or (a != experts and on[h, a] & HELD) or on[h, b] & HELD:
-                        holders[n_holders] = h
-                        n_holders += 1
-                for n in range(n_holders):
-                    h = holders[n]
-                    is_touched[h] = True
-                    touched[n_touched] = h
-                    n_touched += 1
-                    kept[h] = slot[h]
-                slot[r, k] = b
-                on[r, b] |= HELD
-                count[b] += 1
-                share[b] = load[layer, b] / count[b]
-                kicked_b = b
-                if a != experts:
-                    on[r, a] &= ~np.uint8(HELD)
-                    count[a] -= 1
-                    share[a] = load[layer, a] / count[a]
-                    kicked_a = a
-            else:
-                r = g if dice < kicks[1] else random_below(stream, layer, ranks)
-                h = random_below(stream, layer, ranks)
-                if cap[r] == 0 or cap[h] == 0 or r == h:
-                    continue
-                k = random_below(stream, layer, cap[r])
-                j = random_below(stream, layer, cap[h])
-                if dice < kicks[1]:  # one of the closest in value
-                    j = np.searchsorted(value[h, : cap[h]], value[r, k])
-                    j = min(max(j - 2 + random_below(stream, layer, 4), 0), cap[h] - 1)
-                a = slot[r, k]
-                b = slot[h, j]
-                if on[h, a] != 0 or on[r, b] != 0 or (on[r, a] | on[h, b]) & PINNED:
-                    continue
-                for n in (r, h):
-                    is_touched[n] = True
-                    touched[n_touched] = n
-                    n_touched += 1
-                    kept[n] = slot[n]
-                _swap(slot, on, r, k, h, j)
-            for n in range(n_touched):
-                r = touched[n]
+                depth -= 1
+                for m in range(n):
+                    r = holders[m]
+                    if not is_touched[r]:
+                        is_touched[r] = True
+                        touched[n_touched] = r
+                        n_touched += 1
+                        kept[r] = slot[r]
+                r, k, h, j, b = kick
+                if h >= 0:
+                    _swap(slot, on, r, k, h, j)
+                else:
+                    a = slot[r, k]
+                    slot[r, k] = b
+                    if b != experts:
+                        on[r, b] |= HELD
+                        count[b] += 1
+                        share[b] = load[layer, b] / count[b]
+                    if a != experts:
+                        on[r, a] &= ~np.uint8(HELD)
+                        count[a] -= 1
+                        share[a] = load[layer, a] / count[a]
+                for m in range(n):
+                    r = holders[m]
+                    tokens[r] = base[layer, r] + sort_rank(slot[r], value[r], cap[r], share)
+                    stale[r] = True
+        if best < slowest:
+            for r in range(ranks):
+                touched[r] = r
+            _put_back(touched, ranks, best_slot, cap, slot, on, count, share, load[layer])
+            for r in range(ranks):
                 tokens[r] = base[layer, r] + sort_rank(slot[r], value[r], cap[r], share)
-                stale[r] = True
         works[layer] += budgets[turn] - left
 
 
