@@ -10,7 +10,59 @@ from numba import njit
 from moeplace._check import FloatArray, IntArray
 
 SLACK = 1e-12
-BASE, FLUID, SLOT_CAP, EVEN_COPIES, HOT_EXPERT, JOINT_COPIES, NO_REPLICAS, WHOLE_TOKENS = range(8)
+BASE, FLUID, SLOT_CAP, EVEN_COPIES, HOT_EXPERT, JOINT_COPIES = range(6)
+HOT_EXPERTS, NO_REPLICAS, WHOLE_TOKENS = range(6, 9)
+
+
+@njit(cache=True, nogil=True)
+def _hot_experts(rooms, loads, prefix, caps, fewest, spare):  # type: ignore[no-untyped-def]
+    """`bounds.hot_experts`; `rooms` of the ranks with slots, in rank order."""
+    experts = loads.size
+    count = rooms.size
+    room = np.sort(rooms)[::-1]
+    total = np.cumsum(room)
+    whole = prefix[experts]
+    own = np.empty(count)
+    alone = np.empty(count + spare)
+    carried = np.empty(2 * count + 1)
+    for j in range(1, min(experts, 2 * count) + 1):
+        if j >= 2 and (loads[j - 2] + loads[j - 1]) * (1 - SLACK) <= room[0]:
+            return False
+        n = 0
+        for g in range(caps.size):
+            if caps[g] > 0:
+                others = min(caps[g] - 1, experts - j)
+                own[n] = rooms[n] - (whole - prefix[experts - others])
+                n += 1
+        fits = False
+        for x in range(spare + 1):
+            alone[:count] = own
+            alone[count : count + spare - x] = room[: spare - x]
+            order = np.sort(alone[: count + spare - x])[::-1]
+            q = 0
+            carried[0] = 0.0
+            for e in range(j):
+                if q < order.size and loads[e] * (1 - SLACK) <= order[q]:
+                    carried[q + 1] = carried[q] + loads[e]
+                    q += 1
+            for a in range(j - q, j + 1):
+                if a == 0:
+                    fits = True
+                    break
+                rest = prefix[j] - carried[j - a]
+                for ranks in range(1, min(x + min(x, a), count) + 1):
+                    others = min(max(fewest[ranks] - a - spare, 0), experts - j)
+                    beside = whole - prefix[experts - others]
+                    if (rest + beside) * (1 - SLACK) <= total[ranks - 1]:
+                        fits = True
+                        break
+                if fits:
+                    break
+            if fits:
+                break
+        if not fits:
+            return True
+    return False
 
 
 @njit(cache=True, nogil=True)
@@ -32,6 +84,8 @@ def _refutes(kind, seconds, loads, prefix, base, speeds, caps, fewest, most, uni
         return prefix[experts] * (1 - SLACK) > held
     if kind == WHOLE_TOKENS:
         return prefix[experts] / unit * (1 - SLACK) > held
+    if kind == HOT_EXPERTS:
+        return _hot_experts(room, loads, prefix, caps, fewest, spare)
     room = np.sort(room)[::-1]
     if kind in (EVEN_COPIES, JOINT_COPIES):
         # reach[n]: the most load that n + 1 copies can carry
@@ -108,7 +162,7 @@ def _search(loads, base, fluid, speeds, caps, fewest, most, even, units, value, 
         for kind in range(SLOT_CAP, WHOLE_TOKENS + 1):
             if prefix[experts] <= 0.0 or (kind == EVEN_COPIES and not even):
                 continue
-            if spare != 0 and kind >= NO_REPLICAS:
+            if kind >= (HOT_EXPERTS if spare >= fewest.size - 1 else NO_REPLICAS) and spare != 0:
                 continue
             if kind == WHOLE_TOKENS and units[row] == 0.0:
                 continue

@@ -146,6 +146,60 @@ def joint_copies(row: Row, seconds: float) -> bool:
     return bool((copies > room.size).any() or (copies - 1).sum() > row.spare)
 
 
+def hot_experts(row: Row, seconds: float) -> bool:
+    """Few spare slots (s < ranks): the j hottest experts find no room, for some j.
+
+    Any routing. Proof: let any two of the j hottest exceed the roomiest rank, r_(1). Join an
+    expert and a rank if it has a copy there; a connected part with a experts and b ranks has at
+    least a + b - 1 copies, b - 1 beyond the first ones. So a part of one rank holds one expert,
+    alone of the j and whole; its K_g - 1 neighbours are whole others, but for at most one for
+    each spare slot that is not a copy of the j. Parts of several ranks, with x copies beyond
+    the first in all, have at most x + min(x, a) ranks for their a experts, and carry them with
+    all neighbours that are left. The j - a experts that are alone are matched to ranks with room
+    for them and their neighbours; the heaviest such set of each size is found greedily (ranks
+    in order of room: a matroid), which leaves the least for the rest. If for every x and a
+    something does not fit, no plan exists. Relaxed where it is hard: ranks may serve in both
+    roles, and each freed neighbour adds a whole empty rank.
+    """
+    room = row.room(seconds)
+    count, spare = room.size, row.spare
+    if spare >= count:
+        return False
+    total = room.cumsum()
+    caps = row.caps[row.caps > 0]
+    rooms = np.maximum(seconds * row.speeds - row.base, 0.0)[row.caps > 0]
+    fewest = np.sort(caps).cumsum()
+    for j in range(1, min(row.loads.size, 2 * count) + 1):
+        if j >= 2 and not _above(row.loads[j - 2] + row.loads[j - 1], room[0]):
+            break
+        alone = np.sort(rooms - row.smallest(caps - 1, skip=j))[::-1]
+        if not any(
+            _hot_fit(row, j, x, np.sort(np.append(alone, room[: spare - x]))[::-1], total, fewest)
+            for x in range(spare + 1)
+        ):
+            return True
+    return False
+
+
+def _hot_fit(
+    row: Row, j: int, x: int, alone: FloatArray, total: FloatArray, fewest: IntArray
+) -> bool:
+    """Whether the j hottest fit with x copies beyond the first (see `hot_experts`)."""
+    carried = [0.0]
+    for load in row.loads[:j]:
+        if len(carried) <= alone.size and not _above(load, alone[len(carried) - 1]):
+            carried.append(carried[-1] + load)
+    for a in range(j - len(carried) + 1, j + 1):
+        rest = row.loads[:j].sum() - carried[j - a]
+        if a == 0:
+            return True
+        ranks = np.arange(1, min(x + min(x, a), total.size) + 1)
+        beside = row.smallest(fewest[ranks - 1] - a - row.spare, skip=j)
+        if x > 0 and not _above(rest + beside, total[ranks - 1]).all():
+            return True
+    return False
+
+
 def no_replicas(row: Row, seconds: float) -> bool:
     """No spare slots (s = 0): the j hottest experts fit on no number n of ranks, for some j.
 
@@ -196,6 +250,7 @@ ARGUMENTS: dict[str, Callable[[Row, float], bool]] = {
     "even copies": even_copies,
     "hot expert": hot_expert,
     "joint copies": joint_copies,
+    "hot experts": hot_experts,
     "no replicas": no_replicas,
     "whole tokens": whole_tokens,
 }

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO, Annotated, Any
 
 import typer
@@ -24,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moeplace import __version__
-from moeplace._files import check_output
+from moeplace._files import check_output, write_text
 from moeplace.bounds import Bound, lower_bound, recompute
 from moeplace.compare import (
     COLUMNS,
@@ -294,6 +295,37 @@ def bound(instance: Instance, sum_windows: SumWindows = False, as_json: AsJson =
         ("checked", "recomputed from the problem alone: every argument holds"),
     ]
     _write("\n".join(aligned(words)) + "\n")
+
+
+@app.command(epilog=_example("bench few-spares --out few-spares.md"))
+def bench(
+    suite: Annotated[str, typer.Argument(help="A suite's name; an unknown one lists them.")],
+    instances: Annotated[
+        Path, typer.Option(help="The folder of shipped instances.", show_default=True)
+    ] = Path("instances"),
+    out: Annotated[
+        Path | None, typer.Option(help="Write the table there, as Markdown, too.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a suite of cases and print its table; times are ratios to a baseline beside."""
+    from moeplace.bench import SUITES, markdown
+
+    if suite not in SUITES:
+        raise ProblemError(f"Suite must be one of {', '.join(SUITES)}, got {suite!r}.")
+    if out is not None:
+        check_output(out)
+    rows = []
+    for row in SUITES[suite](instances):
+        rows.append(row)
+        sys.stderr.write("  ".join(f"{key} {value}" for key, value in row.items()) + "\n")
+    text = markdown(suite, rows)
+    if out is not None:
+        write_text(out, text)
+    if as_json:
+        _write_json({"suite": suite, "rows": rows})
+    else:
+        _write(text)
 
 
 # -------------------------------------------------------------------------------- inputs

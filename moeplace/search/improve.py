@@ -248,7 +248,7 @@ def _choose(  # type: ignore[no-untyped-def]
         k = random_below(stream, layer, cap[r])
         j = random_below(stream, layer, cap[h])
         if close:
-            j = np.searchsorted(value[h, : cap[h]], value[r, k])
+            j = np.int64(np.searchsorted(value[h, : cap[h]], value[r, k]))
             j = min(max(j - 2 + random_below(stream, layer, 4), 0), cap[h] - 1)
         a = slot[r, k]
         b = slot[h, j]
@@ -432,7 +432,8 @@ def _improve(  # type: ignore[no-untyped-def]
                         touched[n_touched] = r
                         n_touched += 1
                         kept[r] = slot[r]
-                r, k, h, j, b = kick
+                r, k, h = kick[0], kick[1], kick[2]
+                j, b = kick[3], kick[4]
                 if h >= 0:
                     _swap(slot, on, r, k, h, j)
                 else:

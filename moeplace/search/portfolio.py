@@ -110,6 +110,11 @@ class Run:
             if name:
                 raise PlanError(f"{name} breaks a rule of the problem: {new.violations[0]}.")
             return
+        self.take(new)
+
+    def take(self, new: Evaluation) -> None:
+        """Keep a legal, priced plan in the layers where it is better."""
+        problem = self.problem
         if self.best is None:
             self.best = new
             return
@@ -241,29 +246,35 @@ def _pour(run: Run) -> None:
 
 
 def _join_ranks(run: Run) -> None:
-    """Weighted routing with few spare slots: ranks in groups, aiming ever higher."""
-    problem = run.problem
-    rank_slots = problem.cluster.slots
-    assert run.best is not None
-    steps = 16 * problem.cluster.total_slots
+    """Weighted routing with few spare slots: ranks in groups, the makespan aimed at bisected."""
+    problem, steps = run.problem, 16 * run.problem.cluster.total_slots
     for layer in np.flatnonzero(run.open).tolist():
-        bound = run.targets[layer]
-        for above in (0.0, 5e-4, 2e-3, 1e-2, 3e-2, 0.1, 0.3):
-            if run.late():
-                return
-            found = grouped(problem, layer, bound * (1 + above), run.seed, steps)
-            run.work += steps
-            if found is None:
-                continue
-            take = np.zeros(problem.layers, dtype=np.bool_)
-            take[layer] = True
-            slots = run.best.plan.slots.copy()
-            slots[layer] = to_slots(found[0][None], rank_slots)[0]
-            plan = Plan(slots=slots, rank_slots=rank_slots, experts=problem.experts)
-            run.offer(plan)
-            weight = problem.window_weight
-            if (run.best.makespan[:, layer] * weight).sum() <= bound * (1 + above + 1e-4):
+        low, high, width = 0.0, np.inf, 0.0  # above the bound: failed, reached, the next try
+        for _ in range(12):
+            if run.late() or high - low < run.limits.gap:
                 break
+            goal = run.targets[layer] * (1 + width)
+            found = grouped(problem, layer, goal, run.seed, steps)
+            run.work += steps
+            if found is not None and _put(run, layer, found[0]) <= goal * (1 + 1e-4):
+                high = width
+            else:
+                low = width
+            if width == 0.0 and high == 0.0:
+                break
+            width = max(3 * low, 1e-3) if high == np.inf else (low + high) / 2
+
+
+def _put(run: Run, layer: int, slot: IntArray) -> float:
+    """Offer the best plan with other slots [ranks, most slots] in one layer; its makespan."""
+    problem = run.problem
+    assert run.best is not None
+    slots = run.best.plan.slots.copy()
+    slots[layer] = to_slots(slot[None], problem.cluster.slots)[0]
+    plan = Plan(slots=slots, rank_slots=problem.cluster.slots, experts=problem.experts)
+    priced = evaluate(problem, resplit(problem, plan))
+    run.take(priced)
+    return float((priced.makespan[:, layer] * problem.window_weight).sum())
 
 
 def _descend(
