@@ -85,7 +85,7 @@ def _refutes(kind, seconds, loads, prefix, base, speeds, caps, fewest, most, uni
     if kind == WHOLE_TOKENS:
         return prefix[experts] / unit * (1 - SLACK) > held
     if kind == HOT_EXPERTS:
-        return _hot_experts(room, loads, prefix, caps, fewest, spare)
+        return spare < count and _hot_experts(room, loads, prefix, caps, fewest, spare)
     room = np.sort(room)[::-1]
     if kind in (EVEN_COPIES, JOINT_COPIES):
         # reach[n]: the most load that n + 1 copies can carry

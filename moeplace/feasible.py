@@ -57,7 +57,7 @@ def _unmatched(
     for expert in homeless.tolist():
         graph.add_edge("source", ("expert", expert), capacity=1)
         for rank in np.flatnonzero(problem.allowed[layer, expert]).tolist():
-            graph.add_edge(("expert", expert), ("rank", rank), capacity=1)
+            graph.add_edge(("expert", expert), ("rank", rank))  # unbounded: no cut runs here
     if homeless.size == 0:
         return None
     flow, (side, _) = nx.minimum_cut(graph, "source", "sink")

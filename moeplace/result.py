@@ -53,9 +53,11 @@ class Limits:
     def __post_init__(self) -> None:
         for name, value in (("time", self.time), ("work", self.work), ("gap", self.gap)):
             number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-            if value is not None and not (number and value >= 0):
+            if value is None and name != "gap":
+                continue
+            if not (number and 0 <= value < float("inf")):  # type: ignore[operator]
                 raise ProblemError(
-                    f"The {name} limit must be a number of at least 0, got {value!r}."
+                    f"The {name} limit must be a finite number of at least 0, got {value!r}."
                 )
 
 

@@ -62,6 +62,13 @@ DECIDED: dict[str, tuple[Problem, str, float]] = {
         "joint copies",
         6,
     ),
+    # any two of the hot ones on one rank take 12; apart, two of them have a neighbour, and the
+    # spare slot frees one of these at most
+    "three hot experts apart": (
+        problem([6, 6, 6, 2, 2], [1, 1, 1], 2, routing="weighted"),
+        "hot experts",
+        8,
+    ),
     # two of the three hottest share a rank, and its third slot
     "three hot experts on two ranks": (problem([5, 5, 5, 1, 1, 1], [1, 1], 3), "no replicas", 11),
     "an odd number of tokens on two ranks": (
@@ -73,6 +80,12 @@ DECIDED: dict[str, tuple[Problem, str, float]] = {
         problem([3, 3, 2, 2, 2, 1], [1, 1], 3, passes=2),
         "whole tokens",
         3.5,
+    ),
+    # two of 8 with a neighbour each need more than ranks of 8: one is cut, and then holds two ranks
+    "two hot experts and one spare slot": (
+        problem([8, 8, 3, 2, 1], [1, 1, 1], 2, routing="weighted"),
+        "hot experts",
+        8.5,
     ),
     # each group fills a node
     "a hot group on one node": (grouped([3, 3, 3, 3, 1, 1, 1, 1], 2), "nodes: hot expert", 6),
@@ -177,6 +190,7 @@ def test_each_compiled_argument_is_its_numpy_twin(one: Problem, factor: float) -
             "base load": False,  # these two are where the search starts
             "fluid": False,
             "even copies": row.even,
+            "hot experts": row.spare < used.size,
             "no replicas": row.spare == 0,
             "whole tokens": row.spare == 0 and row.unit > 0,
         }

@@ -5,10 +5,17 @@ from numba import njit
 
 
 @njit(cache=True, nogil=True)
-def _split(tokens, base, speed, rank_of, slots, first, by_expert, share):  # type: ignore[no-untyped-def]
-    """Shares of one layer: least T such that all tokens flow to ranks of room T v_g - b_g."""
+def split_layer(tokens, base, speed, begin, slots, first, by_expert, share):  # type: ignore[no-untyped-def]
+    """Shares of one layer: least T such that all tokens flow to ranks of room T v_g - b_g.
+
+    `slots` [slots] holds experts rank by rank, rank g from begin[g]; slots by expert stand in
+    `by_expert` from first[e].
+    """
     experts = tokens.size
     ranks = speed.size
+    rank_of = np.empty(slots.size, dtype=np.int64)
+    for g in range(ranks):
+        rank_of[begin[g] : begin[g + 1]] = g
     load = base.copy()  # what a rank carries whatever the shares
     tiny = 0.0
     excess = np.zeros(experts)
@@ -70,8 +77,8 @@ def _split(tokens, base, speed, rank_of, slots, first, by_expert, share):  # typ
                         tail += 1
             else:
                 g = node - experts
-                for p in range(slots.size):
-                    if rank_of[p] == g and flow[p] > 0.0 and from_rank[slots[p]] == -2:
+                for p in range(begin[g], begin[g + 1]):
+                    if flow[p] > 0.0 and from_rank[slots[p]] == -2:
                         from_rank[slots[p]] = p
                         queue[tail] = slots[p]
                         tail += 1
@@ -133,7 +140,7 @@ def _split(tokens, base, speed, rank_of, slots, first, by_expert, share):  # typ
 
 
 @njit(cache=True, nogil=True)
-def shares(tokens, base, speed, rank_of, slots, split):  # type: ignore[no-untyped-def]
+def shares(tokens, base, speed, begin, slots, split):  # type: ignore[no-untyped-def]
     """Shares [windows, layers, slots] into `split` for slots [layers, slots]."""
     windows, layers, experts = tokens.shape
     first = np.empty(experts + 1, dtype=np.int64)
@@ -150,11 +157,11 @@ def shares(tokens, base, speed, rank_of, slots, split):  # type: ignore[no-untyp
         first[experts] = n
         for window in range(windows):
             split[window, layer] = 0.0
-            _split(
+            split_layer(
                 tokens[window, layer],
                 base[window, layer],
                 speed,
-                rank_of,
+                begin,
                 slots[layer],
                 first,
                 by_expert,

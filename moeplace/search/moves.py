@@ -107,6 +107,26 @@ def _apply(kind, g, h, a, b, slot, on, holders, count, tokens, cap, base, load):
 
 
 @njit(cache=True, nogil=True)
+def _legal(kind, g, h, a, b, on, count, room):  # type: ignore[no-untyped-def]
+    """Whether a step obeys the rules: exchange a on g with b on h, or h gives up a for b."""
+    empty = on.shape[1] - 1
+    if kind == 0:
+        if g == h or (a == empty and b == empty):
+            return False
+        if on[h, a] & ~np.uint8(OLD) or on[g, b] & ~np.uint8(OLD):
+            return False
+        if (on[g, a] | on[h, b]) & PINNED:
+            return False
+        cost = _arrive(on, h, a) - _arrive(on, g, a) + _arrive(on, g, b) - _arrive(on, h, b)
+        return cost <= room
+    if a != empty and (count[a] < 2 or on[h, a] & PINNED):
+        return False
+    if b != empty and on[h, b] & ~np.uint8(OLD):
+        return False
+    return a != b and _arrive(on, h, b) - _arrive(on, h, a) <= room
+
+
+@njit(cache=True, nogil=True)
 def _transfer(h, a, b, top, on, holders, count, tokens, speed, load):  # type: ignore[no-untyped-def]
     """Decrease of the weighted sum if rank h gives up a (or EMPTY) for b (or EMPTY)."""
     empty = load.size - 1
@@ -291,6 +311,30 @@ def _search(  # type: ignore[no-untyped-def]
                     used += cost
                     trial[n] = step
                     n += 1
+            # now and then a step at random
+            if not first and random_below(stream, layer, 2) == 0 and n < trial.shape[0]:
+                kind = random_below(stream, layer, 2)
+                g = random_below(stream, layer, ranks)
+                h = random_below(stream, layer, ranks)
+                if cap[g] > 0 and cap[h] > 0:
+                    at = g if kind == 0 else h
+                    a = slot[at, random_below(stream, layer, cap[at])]
+                    b = slot[h, random_below(stream, layer, cap[h])]
+                    if kind == 1:
+                        b = random_below(stream, layer, experts + 1)
+                    if _legal(kind, g, h, a, b, on, count, allowance - used):
+                        cost = _apply(
+                            kind, g, h, a, b, slot, on, holders, count, tokens, cap, base[layer],
+                            load[layer],
+                        )  # fmt: skip
+                        if cost != -1000:
+                            used += cost
+                            trial[n, 0] = kind
+                            trial[n, 1] = g
+                            trial[n, 2] = h
+                            trial[n, 3] = a
+                            trial[n, 4] = b
+                            n += 1
             # greedy from there
             g = _slowest(tokens, speed)
             while tokens[g] / speed[g] > target and (first or left > 0) and n < trial.shape[0]:

@@ -22,6 +22,7 @@ from moeplace.search.groups import grouped
 from moeplace.search.improve import improve
 from moeplace.search.moves import Moves
 from moeplace.search.nodes import assign
+from moeplace.search.polish import Polish
 from moeplace.search.split import resplit
 from moeplace.search.state import BARRED, State, to_slots
 from moeplace.search.window import window
@@ -38,6 +39,8 @@ STRIDE = 400_000
 ROUNDS, HEAT = 20, 0.18
 #: Share of time and work that a problem of several windows spends on the mean load.
 MEAN_SHARE = 0.15
+#: Share of both for the search under even routing, if the routing is weighted.
+WEIGHTED_SHARE = 0.3
 
 
 @dataclass
@@ -173,6 +176,8 @@ def _afresh(run: Run, start: Plan | None, pool: ThreadPoolExecutor) -> None:
     if construct(state) >= 0:
         return
     share = 1.0 if problem.windows == 1 else MEAN_SHARE
+    if problem.routing == "weighted":
+        share = WEIGHTED_SHARE
     try:
         if start is not None and problem.node_groups is None:
             _take_better(run, state, start)
@@ -192,9 +197,14 @@ def _afresh(run: Run, start: Plan | None, pool: ThreadPoolExecutor) -> None:
         if problem.routing == "weighted" and not problem.constraints:
             _join_ranks(run)
         _descend(run, state, pool, share)
-        if problem.windows > 1:
+        if problem.windows > 1 and problem.routing == "even":
             run.offer(state.plan(problem))
             _all_windows(run, state, pool)
+        if problem.routing == "weighted":
+            run.offer(state.plan(problem))
+            adopt(state, run.best.plan, np.arange(problem.layers))
+            unlimited = np.full(problem.layers, 1 << 40)
+            _polish(run, state, unlimited, pool)
     finally:  # also when interrupted
         run.offer(state.plan(problem))
 
@@ -339,9 +349,10 @@ def _few_moves(run: Run, current: Plan, allowance: IntArray, pool: ThreadPoolExe
     moves = Moves(state, allowance)
     total = rules.total if rules is not None else None
     per_layer = 64 * problem.cluster.total_slots
-    left = run.steps
+    share = WEIGHTED_SHARE if problem.routing == "weighted" else 1.0
+    left = run.steps * share
     try:
-        while not run.late() and left > 0:
+        while not run.late(share) and left > 0:
             layers = np.flatnonzero(state.makespan > target)
             if layers.size == 0:
                 break
@@ -350,9 +361,9 @@ def _few_moves(run: Run, current: Plan, allowance: IntArray, pool: ThreadPoolExe
                 before = int(state.work.sum())
                 moves.improve(layers[mine], budget[mine], target[layers[mine]], pool, run.workers)
                 run.work += int(state.work.sum()) - before
-                left = run.steps - run.work
+                left = run.steps * share - run.work
                 run.report(state)
-                if run.late():
+                if run.late(share):
                     break
             if total is not None:
                 moves.share_out(total, state.unit * problem.layer_weight, target, pool)
@@ -362,6 +373,11 @@ def _few_moves(run: Run, current: Plan, allowance: IntArray, pool: ThreadPoolExe
         if total is not None:
             moves.share_out(total, state.unit * problem.layer_weight, target, pool)
         run.offer(state.plan(problem))
+    if problem.routing == "weighted":
+        try:
+            _polish(run, state, moves.allowance, pool)
+        finally:
+            run.offer(state.plan(problem))
 
 
 def _all_windows(run: Run, state: State, pool: ThreadPoolExecutor) -> None:
@@ -399,6 +415,29 @@ def _all_windows(run: Run, state: State, pool: ThreadPoolExecutor) -> None:
             left_time = run.limits.time - began
             pace = trials / max(spent, 1e-9)
             trials = max(int(min(pace * left_time / (ROUNDS - turn), 8.0 * trials)), 100)
+
+
+def _polish(run: Run, state: State, allowance: IntArray, pool: ThreadPoolExecutor) -> None:
+    """Weighted routing: change single slots of the open layers, priced at their best shares."""
+    problem = run.problem
+    polish = Polish(problem, state, allowance)
+    weight = problem.window_weight[:, None]
+    target = (run.bound.per_layer * weight).sum(axis=0) * (1 + run.limits.gap)
+    slots = problem.cluster.total_slots
+    trials = 16
+    while not run.late():
+        layers = np.flatnonzero(polish.cost > target)
+        left = (run.steps - run.work) / max(layers.size * slots, 1)
+        if layers.size == 0 or left < 1:
+            return
+        trials = int(min(trials, left))
+        for mine in _chunks(np.full(layers.size, trials * slots)):
+            polish.improve(layers[mine], trials, target[layers[mine]], pool, run.workers)
+            run.work += trials * slots * mine.size
+            run.report(state)
+            if run.late():
+                return
+        trials = min(2 * trials, 1024)
 
 
 def _mix(take: BoolArray, new: Plan, old: Plan) -> Plan:

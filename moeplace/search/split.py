@@ -35,7 +35,6 @@ def resplit(problem: "Problem", plan: Plan) -> Plan:
         )
     check_fits(problem, plan)
     split = np.empty((problem.windows, *plan.slots.shape))
-    shares(
-        problem.tokens, problem.base, problem.cluster.speeds, plan.rank_of_slot, plan.slots, split
-    )
+    begin = np.concatenate([[0], plan.rank_slots.cumsum()])
+    shares(problem.tokens, problem.base, problem.cluster.speeds, begin, plan.slots, split)
     return plan.with_split(split[0] if problem.windows == 1 else split)

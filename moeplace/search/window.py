@@ -34,7 +34,7 @@ def _pour(order, seconds, load, base, speed, cap, slot, share):  # type: ignore[
             continue
         room = seconds * speed[g] - base[g]
         if position == order.size - 1:
-            room = whole  # the last takes what is left; the caller prices the outcome
+            room = np.inf  # the last takes what is left; the caller prices the outcome
         if room < 0:
             room = 0.0
         width = min(size, left)

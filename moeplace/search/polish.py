@@ -1,0 +1,191 @@
+"""Compiled search over placements priced at their best shares (weighted routing).
+
+A trial changes one or two slots, an exchange or a replica given up for another, next to a rank
+that decides the makespan, and prices the layer by maximum flow in every window. What is not
+worse is kept. Slow but general: for what the window and groups of ranks leave open.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numba import njit
+
+from moeplace._check import FloatArray, IntArray
+from moeplace.plan import EMPTY
+from moeplace.problem import Problem
+from moeplace.search.flow import split_layer
+from moeplace.search.improve import random_below
+from moeplace.search.state import HELD, OLD, PINNED, State
+
+
+@njit(cache=True, nogil=True)
+def _price(weight, tokens, base, speed, begin, cap, slot, flat, first, by_expert, share, tight):  # type: ignore[no-untyped-def]
+    """Cost of a layer, and the ranks that decide a window into `tight`; returns (cost, number)."""
+    experts = tokens.shape[1]
+    ranks = cap.size
+    first[:] = 0
+    flat[:] = EMPTY
+    for g in range(ranks):
+        for k in range(cap[g]):
+            if slot[g, k] != experts:
+                flat[begin[g] + k] = slot[g, k]
+                first[slot[g, k] + 1] += 1
+    for e in range(experts):
+        first[e + 1] += first[e]
+    fill = first.copy()
+    for p in range(flat.size):
+        if flat[p] >= 0:
+            by_expert[fill[flat[p]]] = p
+            fill[flat[p]] += 1
+    total = 0.0
+    n = 0
+    for w in range(weight.size):
+        split_layer(tokens[w], base[w], speed, begin, flat, first, by_expert, share)
+        most = 0.0
+        for g in range(ranks):
+            carried = base[w, g]
+            for p in range(begin[g], begin[g + 1]):
+                if flat[p] >= 0:
+                    carried += share[p] * tokens[w, flat[p]]
+            share[flat.size + g] = carried / speed[g]
+            most = max(most, carried / speed[g])
+        total += weight[w] * most
+        for g in range(ranks):
+            if share[flat.size + g] >= most * (1 - 1e-9) and n < tight.size:
+                tight[n] = g
+                n += 1
+    return total, n
+
+
+@njit(cache=True, nogil=True)
+def _new(on, g, e):  # type: ignore[no-untyped-def]
+    return 1 if e != on.shape[1] - 1 and not on[g, e] & OLD else 0
+
+
+@njit(cache=True, nogil=True)
+def _polish(  # type: ignore[no-untyped-def]
+    layers, trials, targets, allowances, weight, tokens, bases, speed, cap, begin, slots, copies,
+    ons, stream, works, costs,
+):  # fmt: skip
+    experts = tokens.shape[2]
+    ranks = cap.size
+    flat = np.empty(begin[-1], dtype=np.int64)
+    first = np.empty(experts + 1, dtype=np.int64)
+    by_expert = np.empty(begin[-1], dtype=np.int64)
+    share = np.empty(begin[-1] + ranks)
+    tight = np.empty(4 * ranks, dtype=np.int64)
+    trial_tight = np.empty(4 * ranks, dtype=np.int64)
+    for turn in range(layers.size):
+        layer = layers[turn]
+        slot = slots[layer]
+        on = ons[layer]
+        count = copies[layer]
+        load = tokens[:, layer]
+        base = bases[:, layer]
+        now, number = _price(
+            weight, load, base, speed, begin, cap, slot, flat, first, by_expert, share, tight
+        )
+        used = 0
+        for g in range(ranks):
+            for k in range(cap[g]):
+                used += _new(on, g, slot[g, k])
+        for _ in range(trials):
+            if now <= targets[turn]:
+                break
+            works[layer] += 1
+            g = tight[random_below(stream, layer, number)]
+            h = random_below(stream, layer, ranks)
+            if cap[g] == 0 or cap[h] == 0:
+                continue
+            i = random_below(stream, layer, cap[g])
+            j = random_below(stream, layer, cap[h])
+            a = slot[g, i]
+            b = slot[h, j]
+            exchange = h != g and random_below(stream, layer, 2) == 0
+            if exchange:
+                if on[h, a] & ~np.uint8(OLD) or on[g, b] & ~np.uint8(OLD):
+                    continue
+                if (on[g, a] | on[h, b]) & PINNED:
+                    continue
+                cost = _new(on, h, a) + _new(on, g, b) - _new(on, g, a) - _new(on, h, b)
+            else:  # rank h gives b up for a copy of a, or the tight rank for anything
+                if h == g:
+                    a = random_below(stream, layer, experts + 1)
+                if (b != experts and (count[b] < 2 or on[h, b] & PINNED)) or a == b:
+                    continue
+                if a != experts and on[h, a] & ~np.uint8(OLD):
+                    continue
+                cost = _new(on, h, a) - _new(on, h, b)
+            if used + cost > allowances[turn]:
+                continue
+            for back in range(2):
+                if exchange:
+                    slot[g, i], slot[h, j] = slot[h, j], slot[g, i]
+                else:
+                    old = slot[h, j]
+                    slot[h, j] = a if back == 0 else b
+                    count[old] -= 1
+                    count[slot[h, j]] += 1
+                if back == 1:
+                    break
+                after, n = _price(
+                    weight, load, base, speed, begin, cap, slot, flat, first, by_expert, share,
+                    trial_tight,
+                )  # fmt: skip
+                if after <= now:
+                    now = after
+                    number = n
+                    tight[:n] = trial_tight[:n]
+                    used += cost
+                    if exchange:
+                        on[g, a] &= ~np.uint8(HELD)
+                        on[h, b] &= ~np.uint8(HELD)
+                        if b != experts:
+                            on[g, b] |= HELD
+                        if a != experts:
+                            on[h, a] |= HELD
+                    else:
+                        on[h, b] &= ~np.uint8(HELD)
+                        if a != experts:
+                            on[h, a] |= HELD
+                    break
+        costs[layer] = now
+
+
+class Polish:
+    """A state's placement, to be improved at its best shares in all windows of a problem.
+
+    Parameters
+    ----------
+    problem : Problem
+    state : State
+        Its `slot`, `copies`, `on`, `random` and `work` change; values and tokens (of even
+        routing) are not kept up to date.
+    allowance : int array [layers]
+        Copies that each layer may receive beyond the ranks' experts marked OLD.
+    """
+
+    def __init__(self, problem: Problem, state: State, allowance: IntArray) -> None:
+        self.problem, self.state, self.allowance = problem, state, allowance
+        self.begin = np.concatenate([[0], state.cap.cumsum()])
+        self.cost = np.full(problem.layers, np.inf)
+
+    def improve(
+        self,
+        layers: IntArray,
+        trials: int,
+        targets: FloatArray,
+        pool: ThreadPoolExecutor,
+        workers: int,
+    ) -> None:
+        """Try `trials` changes of each of `layers`, until `targets` (mean seconds of a window)."""
+        state, problem = self.state, self.problem
+
+        def run(part: slice) -> None:
+            _polish(
+                layers[part], trials, targets[part], self.allowance[layers[part]],
+                problem.window_weight, problem.tokens, problem.base, state.speed, state.cap,
+                self.begin, state.slot, state.copies, state.on, state.random, state.work, self.cost,
+            )  # fmt: skip
+
+        list(pool.map(run, [slice(part, None, workers) for part in range(workers)]))
