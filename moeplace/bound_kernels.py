@@ -11,7 +11,8 @@ from moeplace._check import FloatArray, IntArray
 
 SLACK = 1e-12
 BASE, FLUID, SLOT_CAP, EVEN_COPIES, HOT_EXPERT, JOINT_COPIES = range(6)
-HOT_EXPERTS, NO_REPLICAS, WHOLE_TOKENS = range(6, 9)
+HOT_EXPERTS, HOT_PACKING, NO_REPLICAS, WHOLE_TOKENS = range(6, 10)
+PACKED, PACKING_SPARE = 10, 16
 
 
 @njit(cache=True, nogil=True)
@@ -66,6 +67,56 @@ def _hot_experts(rooms, loads, prefix, caps, fewest, spare):  # type: ignore[no-
 
 
 @njit(cache=True, nogil=True)
+def _hot_packing(total, loads, prefix, fewest, spare):  # type: ignore[no-untyped-def]
+    """`bounds.hot_packing`."""
+    experts = loads.size
+    hot = min(PACKED, experts)
+    whole = prefix[experts]
+    parts = 1 << hot
+    cost = np.empty(parts, dtype=np.int64)
+    load = np.zeros(parts)
+    members = np.zeros(parts, dtype=np.int64)
+    best = np.empty(parts, dtype=np.int64)
+    best[0] = 0
+    for part in range(1, parts):
+        e = 0
+        while not part >> e & 1:
+            e += 1
+        load[part] = load[part & (part - 1)] + loads[e]
+        members[part] = members[part & (part - 1)] + 1
+        least = spare + 1
+        for b in range(1, min(spare + 1, total.size) + 1):
+            if b - 1 >= least:
+                break
+            slots = fewest[b] - members[part] - (b - 1)
+            for freed in range(spare - (b - 1) + 1):
+                if b - 1 + freed >= least:
+                    break
+                others = min(max(slots - freed, 0), experts - hot)
+                beside = whole - prefix[experts - others]
+                if (load[part] + beside) * (1 - SLACK) <= total[b - 1]:
+                    least = b - 1 + freed
+                    break
+                if others == 0:
+                    break
+        cost[part] = least
+    for packed in range(1, parts):
+        first = packed & -packed
+        rest = packed ^ first
+        least = spare + 1
+        part = rest
+        while True:  # every part that holds the first expert
+            least = min(least, cost[part | first] + best[rest ^ part])
+            if part == 0:
+                break
+            part = (part - 1) & rest
+        best[packed] = least
+        if packed & (packed + 1) == 0 and least > spare:
+            return True
+    return False
+
+
+@njit(cache=True, nogil=True)
 def _refutes(kind, seconds, loads, prefix, base, speeds, caps, fewest, most, unit):  # type: ignore[no-untyped-def]
     """Whether argument `kind` excludes a makespan of at most `seconds`."""
     experts = loads.size
@@ -86,6 +137,10 @@ def _refutes(kind, seconds, loads, prefix, base, speeds, caps, fewest, most, uni
         return prefix[experts] / unit * (1 - SLACK) > held
     if kind == HOT_EXPERTS:
         return spare < count and _hot_experts(room, loads, prefix, caps, fewest, spare)
+    if kind == HOT_PACKING:
+        if spare >= count or spare > PACKING_SPARE:
+            return False
+        return _hot_packing(np.cumsum(np.sort(room)[::-1]), loads, prefix, fewest, spare)
     room = np.sort(room)[::-1]
     if kind in (EVEN_COPIES, JOINT_COPIES):
         # reach[n]: the most load that n + 1 copies can carry

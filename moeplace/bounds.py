@@ -181,6 +181,50 @@ def hot_experts(row: Row, seconds: float) -> bool:
     return False
 
 
+#: `hot_packing` packs at most so many experts, and only with so few spare slots.
+PACKED, PACKING_SPARE = 10, 16
+
+
+def hot_packing(row: Row, seconds: float) -> bool:
+    """Few spare slots: packing the j hottest experts needs more of them than there are.
+
+    Any routing. Proof: join an expert of the j and a rank if it has a copy there. A connected
+    part with a experts on b ranks spends b - 1 spare slots on copies or more. Its ranks have at
+    least k_b slots; what is not a copy of the j, k_b - a - (b - 1) slots or less by every
+    further spare slot spent, holds whole others with at least the smallest loads. Load and
+    neighbours must fit R_b. So a part costs at least the least b - 1 + f for which they do, the
+    parts are a partition of the j, and the cheapest partition (over all subsets) must not cost
+    more than s. Relaxed: parts may use the same ranks and neighbours.
+    """
+    if row.spare >= row.room(seconds).size or row.spare > PACKING_SPARE:
+        return False
+    total = row.room(seconds).cumsum()
+    fewest = np.sort(row.caps[row.caps > 0]).cumsum()
+    hot = min(PACKED, row.loads.size)
+    cost = np.full(1 << hot, row.spare + 1)
+    for part in range(1, 1 << hot):
+        members = [e for e in range(hot) if part >> e & 1]
+        for b in range(1, min(row.spare + 1, total.size) + 1):
+            freed = np.arange(row.spare - (b - 1) + 1)
+            beside = row.smallest(fewest[b - 1] - len(members) - (b - 1) - freed, skip=hot)
+            fits = ~_above(row.loads[members].sum() + beside, total[b - 1])
+            if fits.any():
+                cost[part] = min(cost[part], b - 1 + int(fits.argmax()))
+    best = np.full(1 << hot, row.spare + 1)
+    best[0] = 0
+    for packed in range(1, 1 << hot):
+        first, rest = packed & -packed, packed & (packed - 1)
+        part = rest
+        while True:  # every part that holds the first expert
+            best[packed] = min(best[packed], cost[part | first] + best[packed ^ (part | first)])
+            if part == 0:
+                break
+            part = (part - 1) & rest
+        if packed & (packed + 1) == 0 and best[packed] > row.spare:
+            return True
+    return False
+
+
 def _hot_fit(
     row: Row, j: int, x: int, alone: FloatArray, total: FloatArray, fewest: IntArray
 ) -> bool:
@@ -251,6 +295,7 @@ ARGUMENTS: dict[str, Callable[[Row, float], bool]] = {
     "hot expert": hot_expert,
     "joint copies": joint_copies,
     "hot experts": hot_experts,
+    "hot packing": hot_packing,
     "no replicas": no_replicas,
     "whole tokens": whole_tokens,
 }

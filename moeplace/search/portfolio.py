@@ -23,7 +23,7 @@ from moeplace.search.improve import improve
 from moeplace.search.moves import Moves
 from moeplace.search.nodes import assign
 from moeplace.search.polish import Polish
-from moeplace.search.split import resplit
+from moeplace.search.split import layer_makespan, resplit
 from moeplace.search.state import BARRED, State, to_slots
 from moeplace.search.window import window
 from moeplace.search.windows import Windows
@@ -113,11 +113,6 @@ class Run:
             if name:
                 raise PlanError(f"{name} breaks a rule of the problem: {new.violations[0]}.")
             return
-        self.take(new)
-
-    def take(self, new: Evaluation) -> None:
-        """Keep a legal, priced plan in the layers where it is better."""
-        problem = self.problem
         if self.best is None:
             self.best = new
             return
@@ -176,7 +171,9 @@ def _afresh(run: Run, start: Plan | None, pool: ThreadPoolExecutor) -> None:
     if construct(state) >= 0:
         return
     share = 1.0 if problem.windows == 1 else MEAN_SHARE
-    if problem.routing == "weighted":
+    spare = int(np.minimum(problem.cluster.slots, problem.experts).sum()) - problem.experts
+    weighted = problem.routing == "weighted" and spare > 0  # without replicas there are no shares
+    if weighted:
         share = WEIGHTED_SHARE
     try:
         if start is not None and problem.node_groups is None:
@@ -192,15 +189,15 @@ def _afresh(run: Run, start: Plan | None, pool: ThreadPoolExecutor) -> None:
                 except PolicyNotApplicable:
                     continue
         assert run.best is not None
-        if problem.windows == 1 and problem.routing == "even" and problem.node_groups is None:
+        if problem.windows == 1 and not weighted and problem.node_groups is None:
             _take_better(run, state, run.best.plan)
-        if problem.routing == "weighted" and not problem.constraints:
+        if weighted and not problem.constraints:
             _join_ranks(run)
         _descend(run, state, pool, share)
-        if problem.windows > 1 and problem.routing == "even":
+        if problem.windows > 1 and not weighted:
             run.offer(state.plan(problem))
             _all_windows(run, state, pool)
-        if problem.routing == "weighted":
+        if weighted:
             run.offer(state.plan(problem))
             adopt(state, run.best.plan, np.arange(problem.layers))
             unlimited = np.full(problem.layers, 1 << 40)
@@ -257,8 +254,12 @@ def _pour(run: Run) -> None:
 
 def _join_ranks(run: Run) -> None:
     """Weighted routing with few spare slots: ranks in groups, the makespan aimed at bisected."""
-    problem, steps = run.problem, 16 * run.problem.cluster.total_slots
+    problem, steps = run.problem, 64 * run.problem.cluster.total_slots
+    assert run.best is not None
+    weight = problem.window_weight
+    slots = run.best.plan.slots.copy()
     for layer in np.flatnonzero(run.open).tolist():
+        best = (run.best.makespan[:, layer] * weight).sum()
         low, high, width = 0.0, np.inf, 0.0  # above the bound: failed, reached, the next try
         for _ in range(12):
             if run.late() or high - low < run.limits.gap:
@@ -266,25 +267,20 @@ def _join_ranks(run: Run) -> None:
             goal = run.targets[layer] * (1 + width)
             found = grouped(problem, layer, goal, run.seed, steps)
             run.work += steps
-            if found is not None and _put(run, layer, found[0]) <= goal * (1 + 1e-4):
+            reached = np.inf
+            if found is not None:
+                tried = to_slots(found[0][None], problem.cluster.slots)[0]
+                reached = (layer_makespan(problem, layer, tried) * weight).sum()
+            if reached < best:
+                best, slots[layer] = reached, tried
+            if reached <= goal * (1 + run.limits.gap):
                 high = width
             else:
                 low = width
-            if width == 0.0 and high == 0.0:
+            if high == 0.0:
                 break
             width = max(3 * low, 1e-3) if high == np.inf else (low + high) / 2
-
-
-def _put(run: Run, layer: int, slot: IntArray) -> float:
-    """Offer the best plan with other slots [ranks, most slots] in one layer; its makespan."""
-    problem = run.problem
-    assert run.best is not None
-    slots = run.best.plan.slots.copy()
-    slots[layer] = to_slots(slot[None], problem.cluster.slots)[0]
-    plan = Plan(slots=slots, rank_slots=problem.cluster.slots, experts=problem.experts)
-    priced = evaluate(problem, resplit(problem, plan))
-    run.take(priced)
-    return float((priced.makespan[:, layer] * problem.window_weight).sum())
+    run.offer(Plan(slots=slots, rank_slots=problem.cluster.slots, experts=problem.experts))
 
 
 def _descend(

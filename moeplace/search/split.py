@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moeplace._check import FloatArray, IntArray
 from moeplace.errors import ProblemError
 from moeplace.evaluate import check_fits
 from moeplace.plan import Plan
@@ -38,3 +39,19 @@ def resplit(problem: "Problem", plan: Plan) -> Plan:
     begin = np.concatenate([[0], plan.rank_slots.cumsum()])
     shares(problem.tokens, problem.base, problem.cluster.speeds, begin, plan.slots, split)
     return plan.with_split(split[0] if problem.windows == 1 else split)
+
+
+def layer_makespan(problem: "Problem", layer: int, slots: IntArray) -> FloatArray:
+    """Makespan [windows] of one layer's slots [slots] at their best shares."""
+    from moeplace.search.flow import shares
+
+    tokens, base = problem.tokens[:, layer], problem.base[:, layer]
+    rank_slots = problem.cluster.slots
+    split = np.empty((problem.windows, 1, slots.size))
+    begin = np.concatenate([[0], rank_slots.cumsum()])
+    speeds = problem.cluster.speeds
+    shares(tokens[:, None], base[:, None], speeds, begin, slots[None], split)
+    carried = split[:, 0] * tokens[:, np.maximum(slots, 0)]
+    on_rank = np.repeat(np.arange(rank_slots.size), rank_slots)
+    total = base + carried @ np.eye(rank_slots.size)[on_rank]
+    return np.asarray(problem.cluster.seconds(total).max(axis=1))
