@@ -15,6 +15,7 @@ from moeplace.hardware import Cluster
 from moeplace.loads import LoadHistogram
 from moeplace.plan import Plan
 from moeplace.problem import Problem
+from moeplace.solve import solve
 from tests.brute_force import optimum
 from tests.strategies import legal_plans, plan, problem, tiny_problems
 
@@ -107,9 +108,20 @@ def test_each_argument_decides_where_it_should_and_is_reached(name: str) -> None
     assert optimum(one) == pytest.approx(value, rel=1e-9), "it is reached: none could be higher"
 
 
+def test_hot_experts_are_packed_and_a_plan_reaches_the_bound() -> None:
+    # too large for brute force: the plan itself proves that no bound could be higher
+    loads = [11, 11, 9, 5, 3, 3, 2, 2, 1, 1, 1, 1, 1]
+    one = problem(loads, [1] * 5, 3, routing="weighted")
+    bound = lower_bound(one)
+    assert bound.source.tolist() == [["hot packing"]]
+    assert bound.total == pytest.approx(11, rel=1e-11)
+    recompute(one, bound)
+    assert solve(one, gap=0.0, work_limit=1_000_000).objective == pytest.approx(11, rel=1e-9)
+
+
 def test_every_argument_has_its_example() -> None:
     names = {source.removeprefix("nodes: ") for _, source, _ in DECIDED.values()}
-    assert names == {*ARGUMENTS, "moves"}
+    assert names == {*ARGUMENTS, "moves"} - {"hot packing"}  # which has the test above
 
 
 def test_one_fast_rank_cannot_use_its_speed_with_too_few_slots() -> None:

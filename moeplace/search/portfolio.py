@@ -57,6 +57,7 @@ class Run:
     best: Evaluation | None = None
     work: int = 0
     reported: float = 0.0
+    from_start: bool = False  # then layers within the gap stay as they are: fewer moves
     compiled: float = field(default_factory=compile_seconds)
 
     def late(self, share: float = 1.0) -> bool:
@@ -119,11 +120,14 @@ class Run:
         old = self.best
         weight = problem.window_weight[:, None]
         better = (new.makespan * weight).sum(axis=0) < (old.makespan * weight).sum(axis=0)
-        candidates = [old, new]
-        if better.any() and not better.all():
-            mixed = evaluate(problem, _mix(better, new.plan, old.plan))
-            candidates += [mixed] if mixed.legal else []
-        self.best = min(candidates, key=lambda priced: priced.objective)
+        if self.from_start:
+            better &= self.open
+        candidates = [old, new] if not self.from_start else [old]
+        if better.all():
+            candidates.append(new)
+        elif better.any():
+            candidates.append(evaluate(problem, _mix(better, new.plan, old.plan)))
+        self.best = min((c for c in candidates if c.legal), key=lambda priced: priced.objective)
 
     def report(self, state: State) -> None:
         """Tell the callback where the search stands, at most ten times a second."""
@@ -145,18 +149,21 @@ class Run:
 
 def search(run: Run, start: Plan | None) -> None:
     """Leave the best legal plan found within the limits in `run.best`, if there is one."""
+    if start is not None:
+        run.offer(start, "The start plan")
+        run.from_start = True
     with ThreadPoolExecutor(run.workers) as pool:
         if run.problem.max_moves is not None:
             _few_moves(run, run.problem.max_moves.current, run.problem.max_moves.allowance(), pool)
         else:
-            if start is not None:
-                run.offer(start, "The start plan")
             _afresh(run, start, pool)
 
 
 def _afresh(run: Run, start: Plan | None, pool: ThreadPoolExecutor) -> None:
     """Exact window, construction and search, rivals where a gap is left, then all windows."""
     problem = run.problem
+    if run.best is not None and not run.open.any():
+        return
     if problem.routing == "weighted" and not problem.constraints:
         _pour(run)
         if run.best is not None and not run.open.any():
@@ -177,7 +184,7 @@ def _afresh(run: Run, start: Plan | None, pool: ThreadPoolExecutor) -> None:
         share = WEIGHTED_SHARE
     try:
         if start is not None and problem.node_groups is None:
-            _take_better(run, state, start)
+            _near_start(run, state, start, pool)
         _descend(run, state, pool, share, rounds=1)
         run.offer(state.plan(problem))
         if not run.open.any():
@@ -204,6 +211,22 @@ def _afresh(run: Run, start: Plan | None, pool: ThreadPoolExecutor) -> None:
             _polish(run, state, unlimited, pool)
     finally:  # also when interrupted
         run.offer(state.plan(problem))
+
+
+def _near_start(run: Run, state: State, start: Plan, pool: ThreadPoolExecutor) -> None:
+    """Take layers that the start plan is best in, or that few steps bring within the gap."""
+    near = State.of(run.problem, run.seed)
+    construct(near)
+    layers = np.arange(run.problem.layers)
+    adopt(near, start, layers)
+    _take_better(run, state, start)
+    slots = run.problem.cluster.total_slots
+    moves = Moves(near, np.full(layers.size, slots))
+    target = run.targets * (1 + run.limits.gap) / near.unit
+    moves.improve(layers, np.ones_like(layers), target, pool, run.workers)  # greedy, no kicks
+    near_plan = near.plan(run.problem)
+    run.offer(near_plan)
+    adopt(state, near_plan, np.flatnonzero(near.makespan <= target))
 
 
 def _bar_nodes(problem: Problem, state: State, node_of: IntArray) -> None:
