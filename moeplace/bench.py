@@ -302,14 +302,21 @@ def held_out(instances: Path) -> Iterator[Row]:
     for name, make in parts:
         for routing in ("even", "weighted"):
             seen, unseen = (replace(make(part), routing=routing) for part in (0, 1))
-            for planned_on, problem in (("sum", seen.aggregate()), ("windows", seen)):
+            half = [0] * (seen.windows // 2) + [1] * (seen.windows - seen.windows // 2)
+            two = replace(seen, loads=seen.loads.regimes(half), window_weight=None)
+            for planned_on, problem in (
+                ("sum", seen.aggregate()),
+                ("windows", seen),
+                ("two regimes", two),
+            ):
                 plan = solve(problem, time_limit=3.0, gap=1e-5).plan
                 fixed = plan
                 if plan.split is not None and plan.split.ndim == 3:
-                    weight = seen.window_weight[:, None, None]
+                    weight = problem.window_weight[:, None, None]
                     fixed = plan.with_split(_normal(plan, (plan.split * weight).sum(axis=0)))
                 row: Row = {"loads": name, "routing": routing, "planned on": planned_on}
-                row["in sample"] = f"{evaluate(seen, plan).imbalance:.4f}"
+                best = resplit(seen, plan) if routing == "weighted" else plan
+                row["in sample"] = f"{evaluate(seen, best).imbalance:.4f}"
                 row["held out, shares fixed"] = f"{evaluate(unseen, fixed).imbalance:.4f}"
                 if routing == "weighted":
                     again = evaluate(unseen, resplit(unseen, plan)).imbalance

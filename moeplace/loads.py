@@ -1,5 +1,6 @@
 """How many tokens each expert gets: load histograms."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -97,6 +98,29 @@ class LoadHistogram:
         """
         passes = None if self.passes is None else self.passes.sum(keepdims=True)
         tokens = self.tokens.sum(axis=0, keepdims=True)
+        return LoadHistogram(tokens=tokens, passes=passes, phase=self.phase)
+
+    def regimes(self, labels: Sequence[int]) -> "LoadHistogram":
+        """Sum the windows of each regime (a task, an hour): one window for each label, in order.
+
+        A placement for several windows of pure sampling noise overfits them; regimes are what
+        it is for.
+
+        Raises
+        ------
+        ProblemError
+            If there is not one label for each window.
+        """
+        if len(labels) != self.windows:
+            raise ProblemError(
+                f"Regimes need one label for each of the {self.windows} windows, got {len(labels)}."
+            )
+        of = np.asarray(labels)
+        members = [of == label for label in np.unique(of)]
+        tokens = np.stack([self.tokens[member].sum(axis=0) for member in members])
+        passes = None
+        if self.passes is not None:
+            passes = np.array([self.passes[member].sum() for member in members])
         return LoadHistogram(tokens=tokens, passes=passes, phase=self.phase)
 
     def select(self, windows: slice | list[int]) -> "LoadHistogram":

@@ -12,5 +12,7 @@ settings.register_profile(
     max_examples=40,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-settings.register_profile("hunt", settings.get_profile("repeatable"), derandomize=False, max_examples=1000)
+settings.register_profile(
+    "hunt", settings.get_profile("repeatable"), derandomize=False, max_examples=1000
+)
 settings.load_profile("repeatable")

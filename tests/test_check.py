@@ -51,7 +51,10 @@ def test_minus_zero_becomes_zero_so_that_equal_inputs_have_equal_bytes() -> None
         (np.zeros((0, 3)), "at least one layer"),
         ([[1, float("nan")]], "must be finite.* got nan at layer 0, expert 1"),
         ([[1, 2], [float("inf"), 2]], "got inf at layer 1, expert 0"),
-        ([[1, -2]], r"at least 0 .*: got -2\.0 at layer 0, expert 1. Correct or remove that expert"),
+        (
+            [[1, -2]],
+            r"at least 0 .*: got -2\.0 at layer 0, expert 1. Correct or remove that expert",
+        ),
         ([[2.0**54]], "at most 9.*e\\+15: got 1.8.*e\\+16 at layer 0, expert 0"),
     ],
 )

@@ -25,7 +25,9 @@ def test_the_tree_in_the_docstring_is_the_tree_of_the_classes() -> None:
     drawn = drawn_tree()
     assert len(drawn) == 8
     # a child of ProblemError need not repeat that it is a ValueError
-    drawn["PolicyNotApplicable"] = tuple(b for b in drawn["PolicyNotApplicable"] if b != "ValueError")
+    drawn["PolicyNotApplicable"] = tuple(
+        b for b in drawn["PolicyNotApplicable"] if b != "ValueError"
+    )
     assert drawn == classes
 
 

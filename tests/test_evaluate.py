@@ -68,7 +68,9 @@ class TestByHand:
         loads = [[[2, 0], [1, 0]], [[1, 0], [2, 0]]]
         placed = plan([[0, 1], [0, 1]], [1, 1])
         for objective, price in (("worst", 3.0), ("mean", 3.0)):
-            assert evaluate(problem(loads, [1, 1], 1, objective=objective), placed).objective == price
+            assert (
+                evaluate(problem(loads, [1, 1], 1, objective=objective), placed).objective == price
+            )
         uneven = problem(loads, [1, 1], 1, objective="worst", layer_weight=[2, 1])
         assert evaluate(uneven, placed).step_seconds.tolist() == [5.0, 4.0]
         assert evaluate(uneven, placed).objective == 5.0

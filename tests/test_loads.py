@@ -96,6 +96,17 @@ def test_select_keeps_windows_and_their_passes() -> None:
     assert loads.select(slice(1, None)).tokens.ravel().tolist() == [2.0, 3.0]
 
 
+def test_regimes_sum_the_windows_of_each_label() -> None:
+    loads = LoadHistogram(tokens=[[[1, 2]], [[3, 4]], [[5, 6]]], passes=[1, 2, 3], phase="decode")
+    both = loads.regimes([1, 0, 1])
+    assert both.tokens.tolist() == [[[3, 4]], [[6, 8]]]
+    assert both.passes is not None
+    assert both.passes.tolist() == [2, 4]
+    assert both.phase == "decode"
+    with pytest.raises(ProblemError, match="one label for each of the 3 windows, got 2"):
+        loads.regimes([0, 1])
+
+
 def test_scale_multiplies_every_load() -> None:
     assert LoadHistogram(tokens=[[1, 2]]).scale(2.5).tokens.tolist() == [[[2.5, 5.0]]]
 

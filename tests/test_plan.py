@@ -65,7 +65,10 @@ class TestErrors:
             ([[0.5, 1, 0.5]], r"one number for each slot \(1, 4\), got shape \(1, 3\)"),
             ([[0.5, 1, 1, 0.5]] * 2, r"got shape \(2, 4\)"),
             ([0.5, 1, 1, 0.5], "axes"),
-            ([[[0.5, 1, 1, 0.5]], [[0.5, 1, 0.9, 0.5]]], "expert 2 sum to 0.9 in layer 0 of window 1"),
+            (
+                [[[0.5, 1, 1, 0.5]], [[0.5, 1, 0.9, 0.5]]],
+                "expert 2 sum to 0.9 in layer 0 of window 1",
+            ),
         ],
     )
     def test_shares_must_sum_to_one_for_every_expert(self, split: object, message: str) -> None:

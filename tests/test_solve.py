@@ -232,7 +232,10 @@ def test_a_start_plan_counts_under_a_budget_of_moves_too() -> None:
         (plan([0, 1], [1, 1]), "2 experts but the problem has 3"),
         (plan([0, 1, 2, -1], [1, 3]), "slots per rank"),
         (plan([0, 1, 2, 0], [2, 2], split=[[0.5, 1, 1, 0.5]]), "routing is even"),
-        (plan([0, 0, 1, 2], [2, 2], allow_duplicates=True), "start plan breaks a rule.*two replica"),
+        (
+            plan([0, 0, 1, 2], [2, 2], allow_duplicates=True),
+            "start plan breaks a rule.*two replica",
+        ),
     ],
 )
 def test_a_start_plan_must_fit(start: Plan, message: str) -> None:
@@ -267,7 +270,8 @@ def test_a_wide_gap_ends_the_search_early() -> None:
     assert rough.status in (Status.WITHIN_GAP, Status.OPTIMAL)
     assert fine.status in (Status.WITHIN_GAP, Status.OPTIMAL)
     assert rough.work < fine.work
-    assert (rough.gap <= 0.05) and (fine.gap <= 1e-3)
+    assert rough.gap <= 0.05
+    assert fine.gap <= 1e-3
 
 
 def test_what_pins_exclude_is_infeasible_with_a_reason_and_a_bound() -> None:
@@ -359,9 +363,7 @@ def test_the_number_of_workers_changes_no_bit(name: str) -> None:
 @pytest.mark.parametrize("name", ["even", "weighted", "few moves"])
 def test_seeds_are_heard_and_repeat(name: str) -> None:
     one = SAME[name]
-    first, again, other = (
-        solve(one, work_limit=150_000, gap=0, seed=seed) for seed in (1, 1, 2)
-    )
+    first, again, other = (solve(one, work_limit=150_000, gap=0, seed=seed) for seed in (1, 1, 2))
     assert digest(first) == digest(again)
     assert first.work == again.work
     assert_sound(other)

@@ -71,7 +71,7 @@ def _pairs(size, value, first, second, sums):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _swap(slot, on, g, i, h, j):  # type: ignore[no-untyped-def]
+def swap(slot, on, g, i, h, j):  # type: ignore[no-untyped-def]
     """Exchange slot i of rank g with slot j of rank h (values are refreshed later)."""
     a = slot[g, i]
     b = slot[h, j]
@@ -376,10 +376,10 @@ def _improve(  # type: ignore[no-untyped-def]
                 if double:
                     a, b = first[g, i], second[g, i]
                     c, d = first[h, j], second[h, j]
-                    _swap(slot, on, g, a, h, c)
-                    _swap(slot, on, g, b, h, d)
+                    swap(slot, on, g, a, h, c)
+                    swap(slot, on, g, b, h, d)
                 else:
-                    _swap(slot, on, g, i, h, j)
+                    swap(slot, on, g, i, h, j)
                 for r in (g, h):
                     tokens[r] = base[layer, r] + sort_rank(slot[r], value[r], cap[r], share)
                     stale[r] = True
@@ -435,7 +435,7 @@ def _improve(  # type: ignore[no-untyped-def]
                 r, k, h = kick[0], kick[1], kick[2]
                 j, b = kick[3], kick[4]
                 if h >= 0:
-                    _swap(slot, on, r, k, h, j)
+                    swap(slot, on, r, k, h, j)
                 else:
                     a = slot[r, k]
                     slot[r, k] = b

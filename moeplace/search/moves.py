@@ -329,11 +329,7 @@ def _search(  # type: ignore[no-untyped-def]
                         )  # fmt: skip
                         if cost != -1000:
                             used += cost
-                            trial[n, 0] = kind
-                            trial[n, 1] = g
-                            trial[n, 2] = h
-                            trial[n, 3] = a
-                            trial[n, 4] = b
+                            trial[n, :] = (kind, g, h, a, b)
                             n += 1
             # greedy from there
             g = _slowest(tokens, speed)
@@ -348,11 +344,7 @@ def _search(  # type: ignore[no-untyped-def]
                     kind, g, h, a, b, slot, on, holders, count, tokens, cap, base[layer],
                     load[layer],
                 )  # fmt: skip
-                trial[n, 0] = kind
-                trial[n, 1] = g
-                trial[n, 2] = h
-                trial[n, 3] = a
-                trial[n, 4] = b
+                trial[n, :] = (kind, g, h, a, b)
                 n += 1
                 g = _slowest(tokens, speed)
                 if tokens[g] / speed[g] < curves[layer, used]:

@@ -14,7 +14,7 @@ from moeplace._check import FloatArray, IntArray
 from moeplace.plan import EMPTY
 from moeplace.problem import Problem
 from moeplace.search.flow import split_layer
-from moeplace.search.improve import random_below
+from moeplace.search.improve import random_below, swap
 from moeplace.search.state import HELD, OLD, PINNED, State
 
 
@@ -120,7 +120,7 @@ def _polish(  # type: ignore[no-untyped-def]
                 continue
             for back in range(2):
                 if exchange:
-                    slot[g, i], slot[h, j] = slot[h, j], slot[g, i]
+                    swap(slot, on, g, i, h, j)
                 else:
                     old = slot[h, j]
                     slot[h, j] = a if back == 0 else b
@@ -137,14 +137,7 @@ def _polish(  # type: ignore[no-untyped-def]
                     number = n
                     tight[:n] = trial_tight[:n]
                     used += cost
-                    if exchange:
-                        on[g, a] &= ~np.uint8(HELD)
-                        on[h, b] &= ~np.uint8(HELD)
-                        if b != experts:
-                            on[g, b] |= HELD
-                        if a != experts:
-                            on[h, a] |= HELD
-                    else:
+                    if not exchange:
                         on[h, b] &= ~np.uint8(HELD)
                         if a != experts:
                             on[h, a] |= HELD

@@ -13,7 +13,7 @@ from numba import njit
 
 from moeplace._check import FloatArray, IntArray
 from moeplace.problem import Problem
-from moeplace.search.improve import random_below
+from moeplace.search.improve import random_below, swap
 from moeplace.search.state import HELD, PINNED, State
 
 
@@ -109,29 +109,22 @@ def _anneal(  # type: ignore[no-untyped-def]
                     time[v, g] -= d / speed[g]
                     time[v, h] += d / speed[h]
                     _three(time[v], top[v])
-                slot[g, i] = b
-                slot[h, j] = a
-                if a != empty:
-                    on[g, a] &= ~np.uint8(HELD)
-                    on[h, a] |= HELD
-                if b != empty:
-                    on[h, b] &= ~np.uint8(HELD)
-                    on[g, b] |= HELD
-            else:  # rank h gives up a copy (or a free slot) for one of an expert on g
+                swap(slot, on, g, i, h, j)
+            else:  # rank h gives up a copy or a free slot for one of an expert on g
                 k = random_below(stream, layer, cap[h])
                 a = slot[h, k]
-                if h == g:  # or the slowest rank for any other expert
-                    b = random_below(stream, layer, empty)
+                if h == g:  # or the slowest rank for any other expert, or for none
+                    b = random_below(stream, layer, empty + 1)
                 else:
                     b = slot[g, random_below(stream, layer, cap[g])]
-                if b == empty or on[h, b] != 0 or a == b:
+                if on[h, b] != 0 or a == b:
                     continue
                 if a != empty and (count[a] < 2 or on[h, a] & PINNED):
                     continue
                 delta = 0.0
                 for v in range(windows):
-                    more_b = load[v, b] / (count[b] + 1)
-                    fall = load[v, b] / count[b] - more_b
+                    more_b = load[v, b] / (count[b] + 1) if b != empty else 0.0
+                    fall = load[v, b] / count[b] - more_b if b != empty else 0.0
                     less_a = load[v, a] / count[a] if a != empty else 0.0
                     rise = load[v, a] / (count[a] - 1) - less_a if a != empty else 0.0
                     most = 0.0
@@ -149,8 +142,9 @@ def _anneal(  # type: ignore[no-untyped-def]
                 if delta >= threshold:
                     continue
                 slot[h, k] = b
-                on[h, b] |= HELD
-                count[b] += 1
+                if b != empty:
+                    on[h, b] |= HELD
+                    count[b] += 1
                 if a != empty:
                     on[h, a] &= ~np.uint8(HELD)
                     count[a] -= 1

@@ -144,9 +144,7 @@ def test_replicas_go_largest_first_to_the_rank_that_ends_earliest(one: Problem) 
 @MORE
 def test_a_plan_is_adopted_in_the_layers_asked_for(data: st.DataObject, one: Problem) -> None:
     plan = data.draw(legal_plans(one))
-    layers = np.array(
-        sorted(data.draw(st.sets(st.integers(0, one.layers - 1)))), dtype=np.int64
-    )
+    layers = np.array(sorted(data.draw(st.sets(st.integers(0, one.layers - 1)))), dtype=np.int64)
     state = started(one)
     before = sets_on_ranks(state.plan(one))
     adopt(state, plan, layers)

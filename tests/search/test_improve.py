@@ -51,7 +51,9 @@ def best_exchange(state: State, g: int, size: int) -> float:
                 if (on[g, out] & PINNED).any() or (on[h, back] & PINNED).any():
                     continue
                 moved = value[g, list(mine)].sum() - value[h, list(theirs)].sum()
-                best = min(best, max((tokens[g] - moved) / speed[g], (tokens[h] + moved) / speed[h]))
+                best = min(
+                    best, max((tokens[g] - moved) / speed[g], (tokens[h] + moved) / speed[h])
+                )
     return best
 
 
@@ -95,7 +97,10 @@ def test_the_best_exchange_of_two_slots_is_found(case: tuple[Problem, State]) ->
     first, second = (np.zeros((ranks, pairs), dtype=np.int32) for _ in range(2))
     sums = np.zeros((ranks, pairs))
     number = np.array(
-        [_pairs(state.cap[g], state.value[0, g], first[g], second[g], sums[g]) for g in range(ranks)]
+        [
+            _pairs(state.cap[g], state.value[0, g], first[g], second[g], sums[g])
+            for g in range(ranks)
+        ]
     )
     rest = (state.slot[0], state.tokens[0], state.speed, state.cap, state.on[0])
     for g in range(ranks):
@@ -195,7 +200,15 @@ def shape_a(layers: int, seed: int = 0) -> Problem:
 
 
 def bits(state: State) -> bytes:
-    arrays = (state.slot, state.value, state.tokens, state.copies, state.on, state.random, state.work)
+    arrays = (
+        state.slot,
+        state.value,
+        state.tokens,
+        state.copies,
+        state.on,
+        state.random,
+        state.work,
+    )
     return b"".join(array.tobytes() for array in arrays)
 
 

@@ -109,9 +109,7 @@ def test_a_layer_that_does_not_fit_is_named() -> None:
 
 
 def test_one_layer_alone_is_poured_as_positions_in_its_loads() -> None:
-    found = pour_layer(
-        np.array([1.0, 4.0]), np.zeros(2), np.array([3.0, 2.0]), np.array([2, 2])
-    )
+    found = pour_layer(np.array([1.0, 4.0]), np.zeros(2), np.array([3.0, 2.0]), np.array([2, 2]))
     assert found is not None
     slots, split = found
     assert slots.tolist() == [[0, 1], [1, 2]], "2 stands for an empty slot"
