@@ -79,6 +79,10 @@ def _apply_eplb(problem: Problem) -> Plan:
                     f"Hierarchical EPLB needs equal {name} of consecutive members. Use auto."
                 )
     loads = planning_loads(problem)
+    if groups == nodes == 1:
+        from moeplace.policies.greedy import greedy  # compiled: the same bits, faster
+
+        return _plan(problem, greedy(loads, problem.ranks, int(each[0])))
     return _plan(problem, _eplb.eplb(loads, problem.ranks, int(each[0]), groups, nodes))
 
 

@@ -27,6 +27,8 @@ KICKS = (4, 4, 2)
 DEEPER, STUCK = 4, 200
 #: Then one in so many outcomes is kept although it is worse; the best is remembered.
 STRAY = 50
+#: An exchange is taken at once if it leaves so little of what is above the target.
+ENOUGH = 0.1
 #: An exchange must lower the larger time by this factor: rounding alone never counts.
 LESS = 1.0 - 1e-12
 
@@ -87,7 +89,7 @@ def swap(slot, on, g, i, h, j):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _single(g, slot, value, tokens, speed, cap, on):  # type: ignore[no-untyped-def]
+def _single(g, enough, slot, value, tokens, speed, cap, on):  # type: ignore[no-untyped-def]
     """Best exchange of one slot of rank g: (time, other rank, slot, other slot, steps)."""
     tg = tokens[g]
     vg = speed[g]
@@ -96,10 +98,14 @@ def _single(g, slot, value, tokens, speed, cap, on):  # type: ignore[no-untyped-
     found_i = 0
     found_j = 0
     steps = 0
-    for h in range(speed.size):
+    ranks = speed.size
+    for turn in range(1, ranks):
+        if best <= enough:
+            break
+        h = g + turn if g + turn < ranks else g + turn - ranks
         th = tokens[h]
         vh = speed[h]
-        if h == g or cap[h] == 0 or (tg + th) / (vg + vh) >= best:
+        if cap[h] == 0 or tg + th >= best * (vg + vh):
             continue
         ideal = (tg / vg - th / vh) / (1.0 / vg + 1.0 / vh)
         size = cap[h]
@@ -146,7 +152,7 @@ def _free(g, h, i, j, slot, on):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _double(g, slot, tokens, speed, cap, on, first, second, sums, number):  # type: ignore[no-untyped-def]
+def _double(g, enough, slot, tokens, speed, cap, on, first, second, sums, number):  # type: ignore[no-untyped-def]
     """Best exchange of two slots of rank g for two of another: as `_single`, on pairs."""
     tg = tokens[g]
     vg = speed[g]
@@ -156,10 +162,14 @@ def _double(g, slot, tokens, speed, cap, on, first, second, sums, number):  # ty
     found_j = 0
     steps = 0
     mine = sums[g]
-    for h in range(speed.size):
+    ranks = speed.size
+    for turn in range(1, ranks):
+        if best <= enough:
+            break
+        h = g + turn if g + turn < ranks else g + turn - ranks
         th = tokens[h]
         vh = speed[h]
-        if h == g or number[h] == 0 or (tg + th) / (vg + vh) >= best:
+        if number[h] == 0 or tg + th >= best * (vg + vh):
             continue
         ideal = (tg / vg - th / vh) / (1.0 / vg + 1.0 / vh)
         theirs = sums[h]
@@ -346,7 +356,8 @@ def _improve(  # type: ignore[no-untyped-def]
                         g = h
                 if tokens[g] / speed[g] <= target or left <= 0:
                     break
-                _, h, i, j, steps = _single(g, slot, value, tokens, speed, cap, on)
+                enough = target + ENOUGH * (tokens[g] / speed[g] - target)
+                _, h, i, j, steps = _single(g, enough, slot, value, tokens, speed, cap, on)
                 left -= steps + ranks
                 double = False
                 if h < 0 and paired:
@@ -360,7 +371,7 @@ def _improve(  # type: ignore[no-untyped-def]
                             stale[r] = False
                             left -= 4 * number[r]
                     _, h, i, j, steps = _double(
-                        g, slot, tokens, speed, cap, on, first, second, sums, number
+                        g, enough, slot, tokens, speed, cap, on, first, second, sums, number
                     )
                     left -= steps
                     double = True

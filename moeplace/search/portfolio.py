@@ -30,6 +30,8 @@ from moeplace.search.windows import Windows
 
 #: What is tried besides our own search, on layers where that leaves a gap.
 RIVALS = ("contiguous", "eplb", "vibe", "eplb_lpt")
+#: No rival is tried later than this share of the time limit.
+RIVAL_SHARE = 0.5
 #: Search steps for each layer if neither time nor work is limited.
 DEFAULT_WORK = 2_000_000
 #: Search steps between two looks at the clock, a few milliseconds.
@@ -190,7 +192,7 @@ def _afresh(run: Run, start: Plan | None, pool: ThreadPoolExecutor) -> None:
         if not run.open.any():
             return
         for name in RIVALS:
-            if not run.late():
+            if not run.late(RIVAL_SHARE):
                 try:
                     run.offer(POLICIES[name](problem))
                 except PolicyNotApplicable:

@@ -84,7 +84,7 @@ def test_the_best_exchange_of_a_slot_is_found(case: tuple[Problem, State]) -> No
     _, state = case
     rest = (state.slot[0], state.value[0], state.tokens[0], state.speed, state.cap, state.on[0])
     for g in range(state.cap.size):
-        time, h, i, j, steps = _single(g, *rest)
+        time, h, i, j, steps = _single(g, 0.0, *rest)
         assert_best(state, g, 1, (time, h, [i], [j], steps))
 
 
@@ -104,7 +104,7 @@ def test_the_best_exchange_of_two_slots_is_found(case: tuple[Problem, State]) ->
     )
     rest = (state.slot[0], state.tokens[0], state.speed, state.cap, state.on[0])
     for g in range(ranks):
-        time, h, i, j, steps = _double(g, *rest, first, second, sums, number)
+        time, h, i, j, steps = _double(g, 0.0, *rest, first, second, sums, number)
         mine, theirs = [first[g, i], second[g, i]], [first[h, j], second[h, j]]
         assert_best(state, g, 2, (time, h, mine, theirs, steps))
 
@@ -113,7 +113,7 @@ def test_an_exchange_that_only_swaps_the_times_is_none() -> None:
     one = problem([3, 1], [1, 1], 1)
     state = started(one)
     rest = (state.slot[0], state.value[0], state.tokens[0], state.speed, state.cap, state.on[0])
-    assert _single(int(state.tokens[0].argmax()), *rest)[1] == -1
+    assert _single(int(state.tokens[0].argmax()), 0.0, *rest)[1] == -1
 
 
 @given(st.lists(st.integers(0, 9), max_size=9))
@@ -150,7 +150,7 @@ def test_whatever_it_does_the_state_is_sound_and_no_layer_gets_worse(
 
 @given(states(max_layers=3))
 def test_only_the_layers_asked_for_change(case: tuple[Problem, State]) -> None:
-    one, state = case
+    _, state = case
     slots, bits = state.slot.copy(), state.on.copy()
     improve(state, np.array([0]), np.array([500]), np.array([0.0]))
     assert (state.slot[1:] == slots[1:]).all()

@@ -117,7 +117,7 @@ def test_the_slowest_node_is_as_fast_as_can_be_in_nearly_all_layers(equal: bool)
             if found is not None:
                 hits += slowest_node(one, layer, found[layer]) <= best * (1 + 1e-12)
     assert layers >= 80
-    assert hits >= 0.97 * layers
+    assert hits >= 0.95 * layers
 
 
 def test_groups_larger_than_every_node_have_no_place() -> None:

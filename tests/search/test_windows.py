@@ -131,13 +131,7 @@ def tiny_set(spare: bool) -> list[Problem]:
     return chosen
 
 
-@pytest.mark.parametrize(
-    "spare",
-    [
-        False,
-        True,
-    ],
-)
+@pytest.mark.parametrize("spare", [False, True])
 def test_it_finds_the_best_mean_of_most_tiny_problems(spare: bool) -> None:
     hits = 0
     for one in tiny_set(spare):
