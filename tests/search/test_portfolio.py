@@ -84,7 +84,7 @@ def tiny_on_nodes(routing: str) -> list[Problem]:
     return chosen
 
 
-@pytest.mark.parametrize(("routing", "least"), [("even", 0.5), ("weighted", 0.5)])
+@pytest.mark.parametrize(("routing", "least"), [("even", 0.7), ("weighted", 0.8)])
 def test_groups_on_nodes_are_planned_between_bound_and_optimum(routing: str, least: float) -> None:
     assert found_by(tiny_on_nodes(routing)) >= least
 
@@ -158,7 +158,7 @@ def few_moves(routing: str, rule: str, layers: int = 1) -> list[Problem]:
 
 
 @pytest.mark.parametrize("rule", ["per_layer", "total"])
-@pytest.mark.parametrize(("routing", "least"), [("even", 0.5), ("weighted", 0.5)])
+@pytest.mark.parametrize(("routing", "least"), [("even", 0.9), ("weighted", 0.85)])
 def test_few_moves_are_spent_well(routing: str, rule: str, least: float) -> None:
     problems = few_moves(routing, rule)
     assert found_by(problems) >= least
@@ -171,7 +171,7 @@ def test_few_moves_are_spent_well(routing: str, rule: str, least: float) -> None
         assert result.plan.moves_from(budget.current).sum() <= most
 
 
-@pytest.mark.parametrize(("routing", "least"), [("even", 0.5), ("weighted", 0.5)])
+@pytest.mark.parametrize(("routing", "least"), [("even", 0.75), ("weighted", 0.75)])
 def test_a_total_over_two_layers_is_shared_and_its_coupled_bound_holds(
     routing: str, least: float
 ) -> None:
@@ -260,9 +260,7 @@ def test_moves_forbids_and_groups_together_are_obeyed() -> None:
 def test_a_current_plan_that_breaks_a_rule_is_mended_within_the_budget(rule: Any) -> None:
     budget = MaxMoves(plan([0, 1, 2, EMPTY], [2, 2]), per_layer=1)
     one = problem([3, 2, 1], [1, 1], 2)
-    both = replace(
-        one, cluster=replace(one.cluster, nodes=[0, 1]), constraints=[budget, rule]
-    )
+    both = replace(one, cluster=replace(one.cluster, nodes=[0, 1]), constraints=[budget, rule])
     assert optimum(both) < float("inf")
     assert solve(both, work_limit=10_000).evaluation is not None
 
@@ -271,7 +269,7 @@ def test_a_current_plan_that_breaks_a_rule_is_mended_within_the_budget(rule: Any
 
 
 @pytest.mark.parametrize("objective", ["mean", "worst"])
-@pytest.mark.parametrize(("routing", "least"), [("even", 0.5), ("weighted", 0.5)])
+@pytest.mark.parametrize(("routing", "least"), [("even", 0.8), ("weighted", 0.8)])
 def test_several_windows_are_planned_between_bound_and_optimum(
     objective: str, routing: str, least: float
 ) -> None:
@@ -304,7 +302,7 @@ def test_the_worst_window_is_about_the_sum_of_layers() -> None:
 # Weighted routing with few spare slots
 
 
-@pytest.mark.parametrize(("spare", "least"), [(0, 0.5), (1, 0.5), (2, 0.5)])
+@pytest.mark.parametrize(("spare", "least"), [(0, 0.95), (1, 0.9), (2, 0.95)])
 def test_few_spare_slots_are_used_as_well_as_can_be(spare: int, least: float) -> None:
     random = np.random.default_rng(20 + spare)
     problems = []

@@ -1,0 +1,165 @@
+"""Equal inputs, seed and work limit give equal bits on any CPU, thread count and process.
+
+Kernels for a plainer CPU are compiled afresh in a folder of their own, which also shows what
+happens where the package's folder holds no cache: compiled once, and never again.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moeplace.constraints import Forbid, MaxMoves, NodeGroups
+from moeplace.plan import EMPTY, Plan
+from moeplace.problem import Problem
+from moeplace.result import Result
+from moeplace.solve import solve
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTICE = "compiling kernels"
+
+
+def make(routing: str = "even", layers: int = 4, windows: int = 1, slots: Any = 5) -> Problem:
+    from tests.strategies import problem
+
+    random = np.random.default_rng(12)
+    loads = np.exp(random.normal(5, 1, (windows, layers, 32)))
+    return problem(loads, random.uniform(0.85, 1.15, 8), slots, routing=routing)
+
+
+def drifted(routing: str) -> Problem:
+    current = Plan(
+        slots=[np.append(np.arange(32), [EMPTY] * 8)] * 4, rank_slots=[5] * 8, experts=32
+    )
+    return replace(make(routing), constraints=[MaxMoves(current, per_layer=5, total=16)])
+
+
+def on_nodes() -> Problem:
+    one = make()
+    return replace(
+        one, cluster=replace(one.cluster, nodes=np.arange(8) // 2), constraints=[NodeGroups(8)]
+    )
+
+
+KINDS: dict[str, Callable[[], Problem]] = {
+    "even": make,
+    "weighted": lambda: make("weighted"),
+    "weighted, few spare slots": lambda: make("weighted", slots=[5, 5, 4, 4, 4, 4, 4, 4]),
+    "few moves": lambda: drifted("even"),
+    "few moves, weighted": lambda: drifted("weighted"),
+    "two windows": lambda: make(windows=2),
+    "two windows, the worst": lambda: replace(make(windows=2), objective="worst"),
+    "groups on nodes": on_nodes,
+    "forbidden": lambda: replace(make(), constraints=[Forbid(e, 3) for e in range(20)]),
+}
+
+
+def digest(result: Result) -> str:
+    """What must not differ: the plan's bits, its price, its bound and the work."""
+    state = hashlib.sha256(result.plan.slots.tobytes())
+    if result.plan.split is not None:
+        state.update(result.plan.split.tobytes())
+    numbers = (result.objective, result.bound.total, float(result.work))
+    state.update(np.array(numbers).tobytes() + result.bound.per_layer.tobytes())
+    return state.hexdigest()
+
+
+def digests(workers: int = 1) -> list[str]:
+    return [
+        digest(solve(make_one(), work_limit=100_000, gap=0, seed=7, workers=workers))
+        for make_one in KINDS.values()
+    ]
+
+
+@pytest.fixture(scope="module")
+def here() -> list[str]:
+    """Digests of this process."""
+    return digests()
+
+
+def elsewhere(workers: int = 1, **environment: str) -> tuple[list[str], str]:
+    """Digests of a process with that environment, and what it wrote to stderr."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "error",
+            "-c",
+            f"from tests.test_determinism import digests\nprint(*digests({workers}), sep='\\n')",
+        ],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split(), done.stderr
+
+
+def assert_alike(found: list[str], wanted: list[str]) -> None:
+    differ = [kind for kind, a, b in zip(KINDS, found, wanted, strict=True) if a != b]
+    assert differ == []
+
+
+def optional_features() -> list[str]:
+    """CPU features that numpy has code for beyond its baseline, and that this CPU has."""
+    from numpy._core import _multiarray_umath as core
+
+    return [name for name in core.__cpu_dispatch__ if core.__cpu_features__.get(name)]
+
+
+def test_a_repetition_gives_the_same_bits(here: list[str]) -> None:
+    assert_alike(digests(), here)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_the_number_of_workers_changes_no_bit(workers: int, here: list[str]) -> None:
+    assert_alike(digests(workers), here)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "1"},
+        {"PYTHONHASHSEED": "2", "OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"},
+    ],
+)
+def test_another_process_gives_the_same_bits(environment: dict[str, str], here: list[str]) -> None:
+    assert_alike(elsewhere(workers=2, **environment)[0], here)
+
+
+def test_numpy_without_wide_vectors_gives_the_same_bits(here: list[str]) -> None:
+    features = optional_features()
+    if not features:
+        pytest.skip("numpy has no code beyond its baseline for this CPU")
+    assert_alike(elsewhere(NPY_DISABLE_CPU_FEATURES=" ".join(features))[0], here)
+
+
+def test_kernels_for_a_plain_cpu_give_the_same_bits_and_are_compiled_once(
+    here: list[str], tmp_path: Path
+) -> None:
+    plain = {
+        "NUMBA_CPU_NAME": "generic",
+        "NUMBA_CACHE_DIR": str(tmp_path),
+        "NPY_DISABLE_CPU_FEATURES": " ".join(optional_features()),
+    }
+    first, said = elsewhere(**plain)
+    assert said.count(NOTICE) == 1, "it is said once that kernels are compiled"
+    assert_alike(first, here)
+    again, said = elsewhere(**plain)
+    assert said == "", "a second process compiles nothing and says nothing"
+    assert_alike(again, here)
+
+
+def test_seeds_lead_elsewhere(here: list[str]) -> None:
+    one = make()
+    ends = {digest(solve(one, work_limit=100_000, gap=0, seed=seed)) for seed in range(4)}
+    assert len(ends) > 1
