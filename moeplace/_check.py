@@ -15,6 +15,17 @@ BoolArray = npt.NDArray[np.bool_]
 MAX_TOKENS = float(2**53)
 
 
+def sum_by(values: FloatArray, label: IntArray, count: int) -> FloatArray:
+    """Sum the last axis by label: [..., n] -> [..., count], in order, so that bits never differ.
+
+    (A matrix product would be shorter, but BLAS adds in another order on another CPU.)
+    """
+    total = np.zeros((*values.shape[:-1], count))
+    for position, to in enumerate(label):
+        total[..., to] += values[..., position]
+    return total
+
+
 def where(index: tuple[Any, ...], axes: tuple[str, ...]) -> str:
     """Name a place: ``where((0, 3), ("window", "layer"))`` is ``"window 0, layer 3"``."""
     return ", ".join(f"{axis} {int(i)}" for axis, i in zip(axes, index, strict=True))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moeplace._check import FloatArray, IntArray
+from moeplace._check import FloatArray, IntArray, sum_by
 from moeplace.errors import CertificateError
 from moeplace.hardware import Cluster
 from moeplace.loads import LoadHistogram
@@ -403,21 +403,23 @@ def nodes_as_ranks(problem: Problem) -> Problem | None:
     cluster = problem.cluster
     assert cluster.nodes is not None
     groups = problem.node_groups.of(problem.experts)
-    member = np.eye(int(groups.max()) + 1)[groups]
+    number, nodes = int(groups.max()) + 1, int(cluster.nodes.max()) + 1
     holds = cluster.slots > 0
-    on_node = np.eye(int(cluster.nodes.max()) + 1)[cluster.nodes] * holds[:, None]
-    smallest = np.sort(member.sum(axis=0)).cumsum()
-    slots = np.searchsorted(smallest, np.minimum(cluster.slots, problem.experts) @ on_node, "right")
-    if slots.sum() < member.shape[1]:
+    smallest = np.sort(np.bincount(groups, minlength=number)).cumsum()
+    room = sum_by(np.minimum(cluster.slots, problem.experts), cluster.nodes, nodes)
+    slots = np.searchsorted(smallest, room, "right")
+    if slots.sum() < number:
         return None  # no plan at all
     loads = problem.loads
-    speed = cluster.speeds @ on_node
+    speed = sum_by(cluster.speeds * holds, cluster.nodes, nodes)
+    base = np.broadcast_to(problem.base_load, problem.base.shape) * holds
+    tokens = sum_by(loads.tokens, groups, number)
     return Problem(
-        LoadHistogram(tokens=loads.tokens @ member, passes=loads.passes, phase=loads.phase),
+        LoadHistogram(tokens=tokens, passes=loads.passes, phase=loads.phase),
         Cluster(speeds=np.where(speed > 0, speed, 1.0), slots=slots),
         routing="weighted",
         objective=problem.objective,
-        base_load=np.broadcast_to(problem.base_load, problem.base.shape) @ on_node,
+        base_load=sum_by(base, cluster.nodes, nodes),
         layer_weight=problem.layer_weight,
         window_weight=problem.window_weight,
     )

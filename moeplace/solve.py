@@ -50,7 +50,8 @@ def solve(
     workers : int
         Threads over layers.
     start : Plan, optional
-        A plan to improve on; the result is never worse.
+        A plan to improve on; the result is never worse. Layers that it solves within the gap
+        stay as they are, and where few moves bring a layer within the gap, few are made.
     progress : callable, optional
         Called with a `Progress` now and then.
 

@@ -3,7 +3,7 @@
 import numpy as np
 from numba import njit
 
-from moeplace._check import FloatArray, IntArray
+from moeplace._check import FloatArray, IntArray, sum_by
 from moeplace.problem import Problem
 from moeplace.search.improve import random_below
 
@@ -110,18 +110,18 @@ def assign(problem: Problem, groups: IntArray, seed: int) -> IntArray | None:
     assert cluster.nodes is not None
     tokens, base = problem.mean_load
     nodes = int(cluster.nodes.max()) + 1
-    member = np.eye(int(groups.max()) + 1)[groups]
-    on_node = np.eye(nodes)[cluster.nodes]
+    number = int(groups.max()) + 1
     holds = cluster.slots > 0
-    speed = (cluster.speeds * holds) @ on_node
+    speed = sum_by(cluster.speeds * holds, cluster.nodes, nodes)
+    room = sum_by(np.minimum(cluster.slots, problem.experts), cluster.nodes, nodes)
     stream = np.arange(1, problem.layers + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    node_of = np.zeros((problem.layers, member.shape[1]), dtype=np.int64)
+    node_of = np.zeros((problem.layers, number), dtype=np.int64)
     fits: FloatArray = _assign(
-        tokens @ member,
-        member.sum(axis=0).astype(np.int64),
-        (base * holds) @ on_node,
+        sum_by(tokens, groups, number),
+        np.bincount(groups, minlength=number),
+        sum_by(base * holds, cluster.nodes, nodes),
         np.where(speed > 0, speed, 1e-300),
-        (np.minimum(cluster.slots, problem.experts) @ on_node).astype(np.int64),
+        room.astype(np.int64),
         node_of,
         stream ^ np.uint64(seed),
     )

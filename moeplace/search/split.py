@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moeplace._check import FloatArray, IntArray
+from moeplace._check import FloatArray, IntArray, sum_by
 from moeplace.errors import ProblemError
 from moeplace.evaluate import check_fits
 from moeplace.plan import Plan
@@ -53,5 +53,5 @@ def layer_makespan(problem: "Problem", layer: int, slots: IntArray) -> FloatArra
     shares(tokens[:, None], base[:, None], speeds, begin, slots[None], split)
     carried = split[:, 0] * tokens[:, np.maximum(slots, 0)]
     on_rank = np.repeat(np.arange(rank_slots.size), rank_slots)
-    total = base + carried @ np.eye(rank_slots.size)[on_rank]
+    total = base + sum_by(carried, on_rank, rank_slots.size)
     return np.asarray(problem.cluster.seconds(total).max(axis=1))
