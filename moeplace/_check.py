@@ -15,6 +15,14 @@ BoolArray = npt.NDArray[np.bool_]
 MAX_TOKENS = float(2**53)
 
 
+def frozen(array: FloatArray) -> FloatArray:
+    """The array, contiguous and read-only: kernels are compiled once for each kind of array."""
+    array = np.ascontiguousarray(array)
+    array = array.copy() if array.base is not None else array
+    array.setflags(write=False)
+    return array
+
+
 def sum_by(values: FloatArray, label: IntArray, count: int) -> FloatArray:
     """Sum the last axis by label: [..., n] -> [..., count], in order, so that bits never differ.
 

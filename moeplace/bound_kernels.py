@@ -15,12 +15,18 @@ HOT_EXPERTS, HOT_PACKING, NO_REPLICAS, WHOLE_TOKENS = range(6, 10)
 PACKED, PACKING_SPARE = 10, 16
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
+def _descending(values):  # type: ignore[no-untyped-def]
+    """A sorted copy; the one place that sorts, since sorting is slow to compile."""
+    return np.sort(values)[::-1].copy()
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
 def _hot_experts(rooms, loads, prefix, caps, fewest, spare):  # type: ignore[no-untyped-def]
     """`bounds.hot_experts`; `rooms` of the ranks with slots, in rank order."""
     experts = loads.size
     count = rooms.size
-    room = np.sort(rooms)[::-1]
+    room = _descending(rooms)
     total = np.cumsum(room)
     whole = prefix[experts]
     own = np.empty(count)
@@ -37,9 +43,11 @@ def _hot_experts(rooms, loads, prefix, caps, fewest, spare):  # type: ignore[no-
                 n += 1
         fits = False
         for x in range(spare + 1):
-            alone[:count] = own
-            alone[count : count + spare - x] = room[: spare - x]
-            order = np.sort(alone[: count + spare - x])[::-1]
+            for g in range(count):
+                alone[g] = own[g]
+            for g in range(spare - x):
+                alone[count + g] = room[g]
+            order = _descending(alone[: count + spare - x])
             q = 0
             carried[0] = 0.0
             for e in range(j):
@@ -66,7 +74,7 @@ def _hot_experts(rooms, loads, prefix, caps, fewest, spare):  # type: ignore[no-
     return False
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _hot_packing(total, loads, prefix, fewest, spare):  # type: ignore[no-untyped-def]
     """`bounds.hot_packing`."""
     experts = loads.size
@@ -116,7 +124,7 @@ def _hot_packing(total, loads, prefix, fewest, spare):  # type: ignore[no-untype
     return False
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _refutes(kind, seconds, loads, prefix, base, speeds, caps, fewest, most, unit):  # type: ignore[no-untyped-def]
     """Whether argument `kind` excludes a makespan of at most `seconds`."""
     experts = loads.size
@@ -140,8 +148,8 @@ def _refutes(kind, seconds, loads, prefix, base, speeds, caps, fewest, most, uni
     if kind == HOT_PACKING:
         if spare >= count or spare > PACKING_SPARE:
             return False
-        return _hot_packing(np.cumsum(np.sort(room)[::-1]), loads, prefix, fewest, spare)
-    room = np.sort(room)[::-1]
+        return _hot_packing(np.cumsum(_descending(room)), loads, prefix, fewest, spare)
+    room = _descending(room)
     if kind in (EVEN_COPIES, JOINT_COPIES):
         # reach[n]: the most load that n + 1 copies can carry
         reach = np.empty(count)
@@ -201,7 +209,7 @@ def _refutes(kind, seconds, loads, prefix, base, speeds, caps, fewest, most, uni
     return False
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _search(loads, base, fluid, speeds, caps, fewest, most, even, units, value, source):  # type: ignore[no-untyped-def]
     experts = loads.shape[1]
     spare = fewest[-1] - experts
@@ -221,27 +229,23 @@ def _search(loads, base, fluid, speeds, caps, fewest, most, even, units, value, 
                 continue
             if kind == WHOLE_TOKENS and units[row] == 0.0:
                 continue
-            low = best * (1 + SLACK)
-            if not _refutes(
-                kind, low, loads[row], prefix, base[row], speeds, caps, fewest, most, units[row]
-            ):
-                continue
-            high = 2 * low
-            while _refutes(
-                kind, high, loads[row], prefix, base[row], speeds, caps, fewest, most, units[row]
-            ):
-                low, high = high, 2 * high
-            while high - low > 1e-13 * high:
-                middle = 0.5 * (low + high)
-                if middle <= low or middle >= high:
-                    break
+            low, high = best, np.inf
+            probe = best * (1 + SLACK)
+            while low < probe < high:  # double until it is not refuted, then bisect
                 if _refutes(
-                    kind, middle, loads[row], prefix, base[row], speeds, caps, fewest, most,
+                    kind, probe, loads[row], prefix, base[row], speeds, caps, fewest, most,
                     units[row],
                 ):  # fmt: skip
-                    low = middle
+                    low = probe
                 else:
-                    high = middle
+                    high = probe
+                    if low == best:
+                        break
+                if high < np.inf and high - low <= 1e-13 * high:
+                    break
+                probe = 2 * low if high == np.inf else 0.5 * (low + high)
+            if low == best:
+                continue
             best, name = low, kind
         value[row] = best * (1 - SLACK)
         source[row] = name

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moeplace._check import FloatArray, IntArray, sum_by
+from moeplace._check import FloatArray, IntArray, frozen, sum_by
 from moeplace.errors import CertificateError
 from moeplace.hardware import Cluster
 from moeplace.loads import LoadHistogram
@@ -340,7 +340,7 @@ def _search(
 
     return search(
         -np.sort(-tokens, axis=-1).reshape(-1, problem.experts),
-        base.reshape(-1, problem.ranks),
+        frozen(base.reshape(-1, problem.ranks)),
         fluid.ravel(),
         problem.cluster.speeds,
         _caps(problem),

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from moeplace._check import BoolArray, FloatArray, numbers
+from moeplace._check import BoolArray, FloatArray, frozen, numbers
 from moeplace.constraints import Constraint, Forbid, MaxMoves, NodeGroups, Pin
 from moeplace.errors import ProblemError
 from moeplace.hardware import Cluster
@@ -153,7 +153,7 @@ class Problem:
         """Tokens per expert [windows, layers, experts]: per forward pass if passes are known."""
         if self.loads.passes is None:
             return self.loads.tokens
-        return self.loads.tokens / self.loads.passes[:, None, None]
+        return frozen(self.loads.tokens / self.loads.passes[:, None, None])
 
     @cached_property
     def base(self) -> FloatArray:
@@ -162,7 +162,7 @@ class Problem:
         base = np.broadcast_to(self.base_load, shape)
         if self.loads.passes is not None:
             base = base / self.loads.passes[:, None, None]
-        return np.ascontiguousarray(base)
+        return frozen(base)
 
     @cached_property
     def fluid(self) -> FloatArray:
@@ -173,7 +173,10 @@ class Problem:
     def mean_load(self) -> tuple[FloatArray, FloatArray]:
         """Weighted mean over windows of tokens [layers, experts] and base load [layers, ranks]."""
         weight = self.window_weight[:, None, None]
-        return (self.tokens * weight).sum(axis=0), (self.base * weight).sum(axis=0)
+        return (
+            frozen((self.tokens * weight).sum(axis=0)),
+            frozen((self.base * weight).sum(axis=0)),
+        )
 
     @cached_property
     def allowed(self) -> BoolArray:

@@ -148,6 +148,17 @@ def test_layers_without_tokens_are_bounded_by_zero() -> None:
     recompute(problem([[0, 0], [1, 1]], [1, 1], 1), bound)
 
 
+@pytest.mark.parametrize(("load", "speed"), [(5e-324, 4.0), (1e-310, 1e18), (1e-300, 1e-8)])
+def test_loads_too_small_to_time_end_the_search(load: float, speed: float) -> None:
+    assert lower_bound(problem([load, load], [speed, speed], 2)).total <= 2 * load / speed
+
+
+def test_nodes_may_have_any_numbers() -> None:
+    cluster = Cluster(speeds=[1, 1], slots=[1, 1], nodes=[3, 2**20])
+    one = Problem(LoadHistogram(tokens=[[1, 2]]), cluster, constraints=[NodeGroups(2)])
+    assert lower_bound(one).total == pytest.approx(2)
+
+
 # The compiled search and the arguments in NumPy
 
 

@@ -82,6 +82,12 @@ class TestErrors:
             plan([0, -1, 1], [3], split=[[[1, 0, 1]], [[1, 0.25, 1]]])
 
 
+@pytest.mark.xfail(reason="ragged input fails in numpy.ndim, with its message", strict=True)
+def test_ragged_shares_are_refused() -> None:
+    with pytest.raises(PlanError, match="Shares is ragged"):
+        plan([[0, 1], [1, 0]], [2], split=[[1, 1], [1]])
+
+
 def test_shares_may_be_the_same_in_all_windows_or_differ() -> None:
     assert plan([0, 0], [1, 1], split=[[0.25, 0.75]]).split.shape == (1, 2)  # type: ignore[union-attr]
     both = plan([0, 0], [1, 1], split=[[[0.25, 0.75]], [[0.5, 0.5]]])

@@ -35,7 +35,7 @@ def greedy(loads: FloatArray, ranks: int, slots_per_rank: int) -> IntArray:
     return slots
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _greedy(loads, ranks, slots):  # type: ignore[no-untyped-def]
     layers, experts = loads.shape
     total = slots.shape[1]
@@ -73,7 +73,7 @@ def _greedy(loads, ranks, slots):  # type: ignore[no-untyped-def]
             _sink(load, heap, 0, open_ranks)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _replicate(load, copy_of, heap, copies, minus):  # type: ignore[no-untyped-def]
     """Fill `copy_of` and `minus` (-load per copy) by a heap of experts, largest load on top."""
     experts = load.size
@@ -94,7 +94,7 @@ def _replicate(load, copy_of, heap, copies, minus):  # type: ignore[no-untyped-d
         _sink(minus, heap, 0, experts)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _sink(key, heap, i, size):  # type: ignore[no-untyped-def]
     """Restore the heap below place `i`: smallest key on top, first index on ties."""
     e = heap[i]
@@ -115,7 +115,7 @@ def _sink(key, heap, i, size):  # type: ignore[no-untyped-def]
     heap[i] = e
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _sort(key, order, key_spare, order_spare):  # type: ignore[no-untyped-def]
     """Sort `key` descending and `order` along with it, stably; return the two sorted arrays.
 

@@ -14,7 +14,13 @@ from moeplace.plan import EMPTY, Plan
 from moeplace.search.state import BARRED, HELD, PINNED, State
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
+def ascending(values):  # type: ignore[no-untyped-def]
+    """Positions in ascending order, stably; sorting is slow to compile, so it stands once."""
+    return np.argsort(values, kind="mergesort")
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
 def sort_rank(slot, value, size, share):  # type: ignore[no-untyped-def]
     """Refresh a rank's values and sort its slots by them, stably; return their sum."""
     total = 0.0
@@ -33,7 +39,7 @@ def sort_rank(slot, value, size, share):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _count(load, pins, most, slots, copies):  # type: ignore[no-untyped-def]
     """Replicas of each expert: the pinned ones, at least one, then by load per replica."""
     experts = most.size
@@ -42,7 +48,7 @@ def _count(load, pins, most, slots, copies):  # type: ignore[no-untyped-def]
         copies[e] = max(1, pins[e])
         used += copies[e]
     share = load[:experts] / copies[:experts]
-    heap = np.argsort(-share, kind="mergesort")  # descending order is a heap
+    heap = ascending(-share)  # descending order is a heap
     while used < slots:
         e = heap[0]
         if share[e] <= 0.0:
@@ -72,14 +78,14 @@ def _count(load, pins, most, slots, copies):  # type: ignore[no-untyped-def]
                 break
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _put(g, e, slot, used, on):  # type: ignore[no-untyped-def]
     slot[g, used[g]] = e
     used[g] += 1
     on[g, e] |= HELD
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _take(g, e, slot, used, on):  # type: ignore[no-untyped-def]
     for k in range(used[g]):
         if slot[g, k] == e:
@@ -90,7 +96,7 @@ def _take(g, e, slot, used, on):  # type: ignore[no-untyped-def]
             return
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _make_room(e, cap, slot, used, on, copies):  # type: ignore[no-untyped-def]
     """Free a slot for the only copy of `e` by a shortest chain of moves between full ranks.
 
@@ -144,7 +150,7 @@ def _make_room(e, cap, slot, used, on, copies):  # type: ignore[no-untyped-def]
     return False
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _construct(load, base, speed, cap, slot, value, tokens, copies, on):  # type: ignore[no-untyped-def]
     """Counts and LPT for each layer; returns the first layer without a legal placement, or -1."""
     layers, ranks, experts = load.shape[0], cap.size, load.shape[1] - 1
@@ -176,7 +182,7 @@ def _construct(load, base, speed, cap, slot, value, tokens, copies, on):  # type
                         return layer
                     _put(g, e, slot[layer], used, mine)
                     t[g] += share[e]
-        for e in np.argsort(-share[:experts], kind="mergesort"):
+        for e in ascending(-share[:experts]):
             for copy in range(pins[e], c[e]):
                 best = -1
                 least = np.inf
@@ -220,7 +226,7 @@ def construct(state: State) -> int:
     )
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _adopt(layers, load, base, cap, slot, value, tokens, copies, on):  # type: ignore[no-untyped-def]
     """Recompute all that follows from `slot` and its copies."""
     experts = load.shape[1] - 1

@@ -4,7 +4,7 @@ import numpy as np
 from numba import njit
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def split_layer(tokens, base, speed, begin, slots, first, by_expert, share):  # type: ignore[no-untyped-def]
     """Shares of one layer: least T such that all tokens flow to ranks of room T v_g - b_g.
 
@@ -139,7 +139,7 @@ def split_layer(tokens, base, speed, begin, slots, first, by_expert, share):  # 
                 share[p] = 1.0 / (first[e + 1] - first[e])
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def shares(tokens, base, speed, begin, slots, split):  # type: ignore[no-untyped-def]
     """Shares [windows, layers, slots] into `split` for slots [layers, slots]."""
     windows, layers, experts = tokens.shape

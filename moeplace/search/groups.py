@@ -77,6 +77,8 @@ def grouped(
         return None
     groups, hot = joined
     size = np.array([int(cap[g].sum()) - len(g) + 1 for g in groups])
+    for _ in range(int(size.sum()) - problem.experts):  # spare slots that joining did not need
+        size[int(size.argmax())] -= 1
     state = State.alone(
         load,
         np.array([base[g].sum() for g in groups]),

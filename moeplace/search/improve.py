@@ -15,7 +15,7 @@ import numpy as np
 from numba import njit
 
 from moeplace._check import FloatArray, IntArray
-from moeplace.search.construct import sort_rank
+from moeplace.search.construct import ascending, sort_rank
 from moeplace.search.state import HELD, PINNED, State
 
 #: Pairs of slots are exchanged on ranks of at most this many slots.
@@ -33,7 +33,7 @@ ENOUGH = 0.1
 LESS = 1.0 - 1e-12
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def random_below(stream, layer, n):  # type: ignore[no-untyped-def]
     """A whole number below n (xorshift64*, Vigna 2016)."""
     x = stream[layer]
@@ -44,7 +44,7 @@ def random_below(stream, layer, n):  # type: ignore[no-untyped-def]
     return np.int64(((x * np.uint64(0x2545F4914F6CDD1D)) >> np.uint64(33)) % np.uint64(n))
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _pairs(size, value, first, second, sums):  # type: ignore[no-untyped-def]
     """All pairs of a rank's slots in ascending order of their sum; returns their number."""
     n = 0
@@ -52,7 +52,7 @@ def _pairs(size, value, first, second, sums):  # type: ignore[no-untyped-def]
         for j in range(i + 1, size):
             sums[n] = value[i] + value[j]
             n += 1
-    order = np.argsort(sums[:n], kind="mergesort")
+    order = ascending(sums[:n])
     i = 0
     j = 1
     index_i = np.empty(n, dtype=np.int32)
@@ -72,7 +72,7 @@ def _pairs(size, value, first, second, sums):  # type: ignore[no-untyped-def]
     return n
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def swap(slot, on, g, i, h, j):  # type: ignore[no-untyped-def]
     """Exchange slot i of rank g with slot j of rank h (values are refreshed later)."""
     a = slot[g, i]
@@ -88,7 +88,7 @@ def swap(slot, on, g, i, h, j):  # type: ignore[no-untyped-def]
         on[g, b] |= HELD
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _single(g, enough, slot, value, tokens, speed, cap, on):  # type: ignore[no-untyped-def]
     """Best exchange of one slot of rank g: (time, other rank, slot, other slot, steps)."""
     tg = tokens[g]
@@ -143,7 +143,7 @@ def _single(g, enough, slot, value, tokens, speed, cap, on):  # type: ignore[no-
     return best, found_h, found_i, found_j, steps
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _free(g, h, i, j, slot, on):  # type: ignore[no-untyped-def]
     """Whether slots i and j of rank g may both go to rank h."""
     a = slot[g, i]
@@ -151,7 +151,7 @@ def _free(g, h, i, j, slot, on):  # type: ignore[no-untyped-def]
     return on[h, a] == 0 and on[h, b] == 0 and not (on[g, a] | on[g, b]) & PINNED
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _double(g, enough, slot, tokens, speed, cap, on, first, second, sums, number):  # type: ignore[no-untyped-def]
     """Best exchange of two slots of rank g for two of another: as `_single`, on pairs."""
     tg = tokens[g]
@@ -212,7 +212,7 @@ def _double(g, enough, slot, tokens, speed, cap, on, first, second, sums, number
     return best, found_h, found_i, found_j, steps
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _put_back(touched, n_touched, kept, cap, slot, on, count, share, load):  # type: ignore[no-untyped-def]
     """Give the first `n_touched` ranks in `touched` their slots in `kept` again."""
     empty = count.size - 1
@@ -238,7 +238,7 @@ def _put_back(touched, n_touched, kept, cap, slot, on, count, share, load):  # t
             share[e] = load[e] / max(count[e], 1)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _choose(  # type: ignore[no-untyped-def]
     replica, close, g, slot, value, cap, on, count, share, stream, layer, kick, touched
 ):
@@ -293,7 +293,7 @@ def _choose(  # type: ignore[no-untyped-def]
     return n
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _improve(  # type: ignore[no-untyped-def]
     layers,
     budgets,

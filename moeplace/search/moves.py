@@ -20,7 +20,7 @@ from moeplace.search.state import HELD, OLD, PINNED, State
 STEPS_PER_MOVE = 3
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _weight(x):  # type: ignore[no-untyped-def]
     """x^32: close to the maximum, but it rewards relief of the second slowest too."""
     x *= x
@@ -30,13 +30,13 @@ def _weight(x):  # type: ignore[no-untyped-def]
     return x * x
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _arrive(on, g, e):  # type: ignore[no-untyped-def]
     """Copies received if expert e comes to rank g (e may be EMPTY)."""
     return 0 if e == on.shape[1] - 1 or on[g, e] & OLD else 1
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _find(slot, size, e):  # type: ignore[no-untyped-def]
     for k in range(size):
         if slot[k] == e:
@@ -44,7 +44,7 @@ def _find(slot, size, e):  # type: ignore[no-untyped-def]
     return -1
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _place(g, k, e, slot, on, holders, count):  # type: ignore[no-untyped-def]
     """Put expert e in slot k of rank g in place of what is there; returns the copies received."""
     empty = on.shape[1] - 1
@@ -65,7 +65,7 @@ def _place(g, k, e, slot, on, holders, count):  # type: ignore[no-untyped-def]
     return cost
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _carry(g, slot, cap, base, load, count):  # type: ignore[no-untyped-def]
     """Tokens of rank g, summed afresh."""
     total = base[g]
@@ -76,7 +76,7 @@ def _carry(g, slot, cap, base, load, count):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _apply(kind, g, h, a, b, slot, on, holders, count, tokens, cap, base, load):  # type: ignore[no-untyped-def]
     """Exchange a on g with b on h (kind 0), or give up a on h for b (kind 1), if possible.
 
@@ -106,7 +106,7 @@ def _apply(kind, g, h, a, b, slot, on, holders, count, tokens, cap, base, load):
     return cost
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _legal(kind, g, h, a, b, on, count, room):  # type: ignore[no-untyped-def]
     """Whether a step obeys the rules: exchange a on g with b on h, or h gives up a for b."""
     empty = on.shape[1] - 1
@@ -126,7 +126,7 @@ def _legal(kind, g, h, a, b, on, count, room):  # type: ignore[no-untyped-def]
     return a != b and _arrive(on, h, b) - _arrive(on, h, a) <= room
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _transfer(h, a, b, top, on, holders, count, tokens, speed, load):  # type: ignore[no-untyped-def]
     """Decrease of the weighted sum if rank h gives up a (or EMPTY) for b (or EMPTY)."""
     empty = load.size - 1
@@ -159,7 +159,7 @@ def _transfer(h, a, b, top, on, holders, count, tokens, speed, load):  # type: i
     return gain
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _best_step(g, room, slot, on, holders, count, tokens, cap, speed, load):  # type: ignore[no-untyped-def]
     """Step out of the slowest rank g with most gain per copy received, of at most `room` copies.
 
@@ -179,9 +179,10 @@ def _best_step(g, room, slot, on, holders, count, tokens, cap, speed, load):  # 
             continue
         for i in range(cap[g]):
             a = slot[g, i]
-            if a == empty or on[g, a] & PINNED:
+            if a == empty:
                 continue
             value = load[a] / count[a]
+            may_go = not on[g, a] & PINNED
             may = on[h, a] & ~np.uint8(OLD) == 0
             comes = _arrive(on, h, a) - _arrive(on, g, a)
             for j in range(cap[h]):
@@ -191,6 +192,7 @@ def _best_step(g, room, slot, on, holders, count, tokens, cap, speed, load):  # 
                 other = 0.0 if b == empty else load[b] / count[b]
                 if (
                     may
+                    and may_go
                     and value > other
                     and on[g, b] & ~np.uint8(OLD) == 0
                     and (b == empty or not on[h, b] & PINNED)
@@ -237,7 +239,7 @@ def _best_step(g, room, slot, on, holders, count, tokens, cap, speed, load):  # 
     return best, kind, to, give, take, steps
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _slowest(tokens, speed):  # type: ignore[no-untyped-def]
     g = 0
     for h in range(1, speed.size):
@@ -246,7 +248,7 @@ def _slowest(tokens, speed):  # type: ignore[no-untyped-def]
     return g
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _reset(slot, old, on, holders, count, tokens, cap, base, load):  # type: ignore[no-untyped-def]
     """Back to the current plan, without comparing what is equal."""
     for g in range(cap.size):
@@ -267,7 +269,7 @@ def _reset(slot, old, on, holders, count, tokens, cap, base, load):  # type: ign
         tokens[g] = _carry(g, slot, cap, base, load, count)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _search(  # type: ignore[no-untyped-def]
     layers, budgets, targets, allowances, load, base, speed, cap, olds, slots, token, copies, ons,
     stream, works, lists, lengths, curves,

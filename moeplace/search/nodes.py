@@ -5,13 +5,14 @@ from numba import njit
 
 from moeplace._check import FloatArray, IntArray, sum_by
 from moeplace.problem import Problem
+from moeplace.search.construct import ascending
 from moeplace.search.improve import random_below
 
 #: Random restarts of the assignment of groups to nodes, for each layer.
 RESTARTS = 64
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _assign(load, size, base, speed, room, node_of, stream):  # type: ignore[no-untyped-def]
     """Best assignment found of each layer's groups to nodes; False where none fits."""
     layers, groups = load.shape
@@ -32,7 +33,7 @@ def _assign(load, size, base, speed, room, node_of, stream):  # type: ignore[no-
                 time[n] = base[layer, n]
                 free[n] = room[n]
             legal = True
-            for i in np.argsort(-key, kind="mergesort"):
+            for i in ascending(-key):
                 to = -1
                 for n in range(nodes):
                     if free[n] >= size[i] and (

@@ -18,7 +18,7 @@ from moeplace.search.improve import random_below, swap
 from moeplace.search.state import HELD, OLD, PINNED, State
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _price(weight, tokens, base, speed, begin, cap, slot, flat, first, by_expert, share, tight):  # type: ignore[no-untyped-def]
     """Cost of a layer, and the ranks that decide a window into `tight`; returns (cost, number)."""
     experts = tokens.shape[1]
@@ -57,12 +57,12 @@ def _price(weight, tokens, base, speed, begin, cap, slot, flat, first, by_expert
     return total, n
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _new(on, g, e):  # type: ignore[no-untyped-def]
     return 1 if e != on.shape[1] - 1 and not on[g, e] & OLD else 0
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _polish(  # type: ignore[no-untyped-def]
     layers, trials, targets, allowances, weight, tokens, bases, speed, cap, begin, slots, copies,
     ons, stream, works, costs,

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moeplace._check import FloatArray, IntArray, sum_by
+from moeplace._check import FloatArray, IntArray, frozen, sum_by
 from moeplace.errors import ProblemError
 from moeplace.evaluate import check_fits
 from moeplace.plan import Plan
@@ -45,12 +45,14 @@ def layer_makespan(problem: "Problem", layer: int, slots: IntArray) -> FloatArra
     """Makespan [windows] of one layer's slots [slots] at their best shares."""
     from moeplace.search.flow import shares
 
-    tokens, base = problem.tokens[:, layer], problem.base[:, layer]
+    tokens, base = frozen(problem.tokens[:, layer]), frozen(problem.base[:, layer])
     rank_slots = problem.cluster.slots
     split = np.empty((problem.windows, 1, slots.size))
     begin = np.concatenate([[0], rank_slots.cumsum()])
     speeds = problem.cluster.speeds
-    shares(tokens[:, None], base[:, None], speeds, begin, slots[None], split)
+    held = slots[None].copy()
+    held.setflags(write=False)
+    shares(tokens[:, None], base[:, None], speeds, begin, held, split)
     carried = split[:, 0] * tokens[:, np.maximum(slots, 0)]
     on_rank = np.repeat(np.arange(rank_slots.size), rank_slots)
     total = base + sum_by(carried, on_rank, rank_slots.size)

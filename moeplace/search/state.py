@@ -104,7 +104,7 @@ class State:
         return cls(
             load=load,
             base=base / unit[:, None],
-            speed=speed,
+            speed=np.array(speed),
             cap=cap,
             unit=unit,
             slot=np.full((layers, cap.size, most), experts),

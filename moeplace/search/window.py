@@ -14,14 +14,15 @@ from numba import njit
 from moeplace._check import BoolArray, FloatArray, IntArray
 from moeplace.plan import EMPTY
 from moeplace.problem import Problem
+from moeplace.search.construct import ascending
 from moeplace.search.state import to_slots
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _pour(order, seconds, load, base, speed, cap, slot, share):  # type: ignore[no-untyped-def]
     """Fill ranks in `order` up to `seconds`; True if all experts found their place."""
     experts = load.size
-    item = np.argsort(load, kind="mergesort")
+    item = ascending(load)
     rest = load[item]
     left = experts
     slot[:] = experts
@@ -88,7 +89,7 @@ def _pour(order, seconds, load, base, speed, cap, slot, share):  # type: ignore[
     return left == 0
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _window(orders, seconds, load, base, speed, cap, slot, share, placed):  # type: ignore[no-untyped-def]
     for layer in range(load.shape[0]):
         for n in range(orders.shape[0]):
@@ -122,8 +123,8 @@ def window(problem: Problem, seconds: FloatArray) -> tuple[IntArray, FloatArray,
     placed : array of bool [layers], whether all experts found a place; price it to know
         whether the last rank ends by `seconds`
     """
-    load, base = problem.mean_load
-    speed, rank_slots = problem.cluster.speeds, problem.cluster.slots
+    load, base = map(np.array, problem.mean_load)
+    speed, rank_slots = np.array(problem.cluster.speeds), problem.cluster.slots
     cap = np.minimum(rank_slots, problem.experts)
     slot = np.empty((*base.shape, int(cap.max())), dtype=np.int64)
     share = np.empty(slot.shape)

@@ -17,7 +17,7 @@ from moeplace.search.improve import random_below, swap
 from moeplace.search.state import HELD, PINNED, State
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _three(time, top):  # type: ignore[no-untyped-def]
     """The three slowest ranks of a window into `top`, -1 where there are fewer."""
     top[:] = -1
@@ -33,7 +33,7 @@ def _three(time, top):  # type: ignore[no-untyped-def]
             top[2] = g
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _price(weight, load, base, speed, cap, slot, count, time, top):  # type: ignore[no-untyped-def]
     """Recompute rank times [windows, ranks] of a layer and what it costs."""
     total = 0.0
@@ -51,7 +51,7 @@ def _price(weight, load, base, speed, cap, slot, count, time, top):  # type: ign
     return total
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _anneal(  # type: ignore[no-untyped-def]
     layers, trials, heat, weight, loads, bases, speed, cap, slots, copies, ons, stream, works, costs
 ):

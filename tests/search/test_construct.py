@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moeplace.constraints import Forbid
 from moeplace.evaluate import evaluate
 from moeplace.feasible import explain_infeasible
 from moeplace.problem import Problem
@@ -42,6 +43,24 @@ def test_a_copy_that_finds_no_rank_is_given_back() -> None:
     assert_consistent(state, one)
     assert state.copies[0, :3].tolist() == [1, 1, 1]
     assert sets_on_ranks(state.plan(one)) == [[{0, 1}, {2}]]
+
+
+def test_a_copy_makes_room_for_an_expert_that_may_lie_nowhere_else() -> None:
+    # the hot expert lies on both ranks before 1 and 2 come, which may lie on rank 1 only
+    rules = [Forbid(1, 0), Forbid(2, 0)]
+    one = problem([9, 2, 1], [1, 1], 2, constraints=rules)
+    state = started(one)
+    assert_consistent(state, one)
+    assert sets_on_ranks(state.plan(one)) == [[{0}, {1, 2}]]
+
+
+def test_experts_make_room_in_a_chain() -> None:
+    # 3 may lie on rank 0 only, which 0 and 1 fill; 1 may pass to rank 1, whose 2 may pass to rank 2
+    rules = [Forbid(3, 1), Forbid(3, 2), Forbid(0, 1), Forbid(0, 2), Forbid(1, 2)]
+    one = problem([9, 8, 7, 1], [1, 0.9, 0.1], [2, 1, 1], constraints=rules)
+    state = started(one)
+    assert_consistent(state, one)
+    assert sets_on_ranks(state.plan(one)) == [[{0, 3}, {1}, {2}]]
 
 
 def test_experts_without_tokens_are_placed_once_and_the_rest_stays_empty() -> None:

@@ -94,7 +94,6 @@ def test_it_comes_within_a_hundred_thousandth_in_most_cases() -> None:
     assert near >= 38
 
 
-@pytest.mark.xfail(reason="spare slots left by the hot experts copy others whole", strict=True)
 def test_shares_are_whole_though_a_spare_slot_is_left() -> None:
     # two ranks are joined for the hot expert; the third one leaves a spare slot that nobody needs
     one = problem([7, 6, 6, 6], [1, 1, 1], 2, routing="weighted")

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from moeplace.evaluate import evaluate
 from moeplace.feasible import explain_infeasible
+from moeplace.plan import Plan
 from moeplace.problem import Problem
 from moeplace.search.improve import LESS, _double, _pairs, _single, improve, random_below
 from moeplace.search.state import PINNED, State
@@ -148,6 +149,19 @@ def test_whatever_it_does_the_state_is_sound_and_no_layer_gets_worse(
     assert evaluate(one, state.plan(one)).legal
 
 
+def test_long_searches_that_leave_dead_ends_still_return_to_their_best() -> None:
+    random = np.random.default_rng(8)
+    for seed in range(6):
+        loads = random.integers(1, 30, (2, 7))
+        one = problem(loads, random.uniform(0.5, 1.5, 3), [3, 3, 2])
+        state = started(one, seed=seed)
+        for _ in range(8):
+            before = state.makespan
+            improve(state, np.arange(2), np.full(2, 40_000), target(one))
+            assert_consistent(state, one)
+            assert (state.makespan <= before).all()
+
+
 @given(states(max_layers=3))
 def test_only_the_layers_asked_for_change(case: tuple[Problem, State]) -> None:
     _, state = case
@@ -183,8 +197,6 @@ def test_kicks_find_what_exchanges_cannot() -> None:
     # two copies of the hot expert are a mistake that exchanges cannot undo
     one = problem([4, 4, 4, 4], [1, 1, 1, 1], 2)
     plan_of_three = [[0, -1, 0, -1, 0, 1, 2, 3]]
-    from moeplace.plan import Plan
-
     stuck = started(one, Plan(slots=plan_of_three, rank_slots=[2] * 4, experts=4))
     improve(stuck, np.arange(1), np.array([20_000]), np.ones(1), kicks=(0, 0, 0))
     free = started(one, Plan(slots=plan_of_three, rank_slots=[2] * 4, experts=4))

@@ -20,7 +20,7 @@ from moeplace.search.state import BARRED, HELD, OLD, PINNED, State
 from tests.search.checks import assert_consistent, started
 from tests.strategies import legal_plans, plan, problem, tiny_problems
 
-MORE = settings(max_examples=4 * settings().max_examples)
+MORE = settings(max_examples=3 * settings().max_examples)
 
 
 @st.composite
@@ -282,9 +282,6 @@ def test_the_step_with_most_relief_for_each_copy_is_found(
         state.cap, state.speed, state.load[0],
     )  # fmt: skip
     best = best_score(state, g, room)
-    if (state.on[0, g] & PINNED).any():  # copies of pinned experts are not tried
-        assert score <= best * (1 + 1e-9) + 1e-9
-        best = score
     if kind < 0:
         assert best <= 1.1e-9, "a step helps but none was found"
         return

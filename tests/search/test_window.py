@@ -25,9 +25,9 @@ def poured(one: Problem, seconds: np.ndarray) -> tuple[Plan | None, np.ndarray]:
 @st.composite
 def roomy(draw: st.DrawFn) -> Problem:
     """At least ranks - 1 spare slots, speeds within 30 % of 1, loads that differ."""
-    ranks, experts = draw(st.integers(2, 8)), draw(st.integers(1, 40))
+    ranks, each = draw(st.integers(2, 12)), draw(st.integers(2, 9))
+    experts = ranks * each - (ranks - 1) - draw(st.integers(0, 2))
     random = np.random.default_rng(draw(st.integers(0, 10**6)))
-    each = -(-(experts + ranks - 1) // ranks) + draw(st.integers(0, 1))
     loads = np.exp(random.normal(0, draw(st.floats(0.5, 1.5)), (2, experts)))
     return problem(loads, random.uniform(0.7, 1.3, ranks), each, routing="weighted")
 

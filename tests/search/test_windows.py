@@ -17,7 +17,7 @@ from tests.brute_force import optimum
 from tests.search.checks import assert_consistent, started
 from tests.strategies import legal_plans, plan, problem, tiny_problems
 
-MORE = settings(max_examples=4 * settings().max_examples)
+MORE = settings(max_examples=3 * settings().max_examples)
 
 
 @st.composite
