@@ -39,6 +39,14 @@ def where(index: tuple[Any, ...], axes: tuple[str, ...]) -> str:
     return ", ".join(f"{axis} {int(i)}" for axis, i in zip(axes, index, strict=True))
 
 
+def ndim(value: Any) -> int:
+    """Number of axes; -1 for ragged lists, which `numbers` then refuses with its place."""
+    try:
+        return int(np.ndim(value))
+    except ValueError:
+        return -1
+
+
 def first(mask: npt.ArrayLike) -> tuple[int, ...]:
     """Index of the first true entry."""
     return tuple(int(i) for i in np.argwhere(np.asarray(mask))[0])

@@ -40,8 +40,8 @@ class Row:
     reason : str
         Why it does not apply; empty if it does.
     moves : int or None
-        Copies that ranks receive, summed, if contiguous is what they hold now. None without a
-        plan, or where contiguous does not apply.
+        Copies that ranks receive, summed, from what they hold now: the current plan of
+        `MaxMoves`, else contiguous. None without a plan, or where contiguous does not apply.
     """
 
     method: str
@@ -77,8 +77,11 @@ def compare(
     -------
     list of Row
     """
-    held = _contiguous(problem)
+    held = _held(problem)
     rows = []
+    if problem.max_moves is not None:
+        current = problem.max_moves.current.with_split(None)
+        rows.append(_row("current plan", _price(problem, current), held))
     for method in methods:
         if result is not None and method == result.method:
             continue
@@ -95,7 +98,10 @@ def compare(
     return rows
 
 
-def _contiguous(problem: Problem) -> Plan | None:
+def _held(problem: Problem) -> Plan | None:
+    """What the ranks hold now: the current plan of `MaxMoves`, else contiguous."""
+    if problem.max_moves is not None:
+        return problem.max_moves.current
     try:
         return POLICIES["contiguous"](problem)
     except PolicyNotApplicable:
@@ -142,7 +148,8 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 def notes(problem: Problem, rows: Sequence[Row]) -> list[str]:
     """What a reader of the table must know, in lines."""
-    said = []
+    held = "contiguous" if problem.max_moves is None else "the current plan"
+    said = [f"moves: copies that the ranks receive, from {held}."]
     if problem.routing == "weighted":
         said.append("Every policy has the best shares for its placement.")
     for row in rows:

@@ -100,6 +100,11 @@ def evaluate(problem: Problem, plan: Plan) -> Evaluation:
 
 def check_fits(problem: Problem, plan: Plan) -> None:
     """Raise PlanError if the plan is for another shape than the problem."""
+    if not isinstance(plan, Plan):
+        raise PlanError(
+            f"A plan must be a moeplace.Plan, got {type(plan).__name__}: build one from slots, "
+            "rank_slots and experts."
+        )
     for name, mine, theirs in (
         ("layers", plan.layers, problem.layers),
         ("experts", plan.experts, problem.experts),

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from moeplace._check import FloatArray, IntArray, integers, numbers
+from moeplace._check import FloatArray, IntArray, integers, ndim, numbers
 from moeplace.errors import ProblemError
 
 SpeedUnit = Literal["tokens/s", "relative"]
@@ -94,10 +94,10 @@ class Cluster:
         ProblemError
             As the class does, and if the ranks do not divide into that many nodes.
         """
-        ranks = np.size(speeds)
-        if np.ndim(slots) == 0:
+        ranks = np.size(speeds) if ndim(speeds) >= 0 else 1  # ragged: the class refuses it
+        if ndim(slots) == 0:
             slots = np.full(ranks, slots)
-        if np.ndim(nodes) == 0:
+        if ndim(nodes) == 0:
             if not (isinstance(nodes, int | np.integer) and nodes >= 1 and ranks % nodes == 0):
                 raise ProblemError(
                     f"{ranks} ranks do not divide into {nodes} equal nodes: give a divisor of "

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from moeplace._check import MAX_TOKENS, FloatArray, first, numbers, where
+from moeplace._check import MAX_TOKENS, FloatArray, first, ndim, numbers, where
 from moeplace.errors import ProblemError
 
 Phase = Literal["prefill", "decode", "mixed"]
@@ -39,12 +39,8 @@ class LoadHistogram:
 
     def __post_init__(self) -> None:
         tokens: Any = self.tokens
-        try:
-            flat = np.ndim(tokens) == 2
-        except ValueError:  # ragged: numbers() says so
-            flat = False
         axes = ("window", "layer", "expert")
-        if flat:
+        if ndim(tokens) == 2:
             tokens = np.asarray(tokens)[None]
         checked = numbers(tokens, "Loads", axes, ProblemError)
         totals = checked.sum(axis=2)
@@ -57,7 +53,7 @@ class LoadHistogram:
         object.__setattr__(self, "tokens", checked)
         if self.passes is not None:
             passes: Any = self.passes
-            passes = [passes] if np.ndim(passes) == 0 else passes
+            passes = [passes] if ndim(passes) == 0 else passes
             counted = numbers(passes, "Passes", ("window",), ProblemError, strict=True)
             if counted.shape != (self.windows,):
                 raise ProblemError(

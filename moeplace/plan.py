@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moeplace._check import FloatArray, IntArray, first, integers, numbers, where
+from moeplace._check import FloatArray, IntArray, first, integers, ndim, numbers, where
 from moeplace.errors import PlanError
 
 EMPTY = -1
@@ -85,7 +85,7 @@ class Plan:
 
     def _checked_split(self) -> FloatArray:
         given: Any = self.split
-        axes = ("layer", "slot") if np.ndim(given) == 2 else ("window", "layer", "slot")
+        axes = ("layer", "slot") if ndim(given) == 2 else ("window", "layer", "slot")
         split = numbers(given, "Shares", axes, PlanError, high=1.0 + SHARE_TOLERANCE)
         if split.shape[-2:] != self.slots.shape:
             raise PlanError(

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from moeplace._check import BoolArray, FloatArray, frozen, numbers
+from moeplace._check import BoolArray, FloatArray, frozen, ndim, numbers
 from moeplace.constraints import Constraint, Forbid, MaxMoves, NodeGroups, Pin
 from moeplace.errors import ProblemError
 from moeplace.hardware import Cluster
@@ -82,6 +82,8 @@ class Problem:
                 f"{self.experts} experts do not fit: every expert needs at least one slot, and "
                 f"the {self.ranks} ranks offer {usable} usable slots. Add slots or ranks."
             )
+        if isinstance(self.constraints, Constraint):
+            raise ProblemError(f"Constraints must be a list: give [{self.constraints!r}].")
         constraints = tuple(self.constraints)
         for constraint in constraints:
             if not isinstance(constraint, Constraint):
@@ -258,10 +260,8 @@ class Problem:
 
 
 def _axes(value: Any) -> int:
-    try:
-        return min(max(np.ndim(value), 1), 3)
-    except ValueError:
-        return 3
+    """Axes of a base load, 1 to 3; ragged lists are refused later, with their place."""
+    return min(max(ndim(value), 1), 3)
 
 
 def _layers(layer: int | None) -> int | slice:

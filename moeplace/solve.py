@@ -38,8 +38,8 @@ def solve(
         "auto": construction, exchange search and, where a gap is left, the published policies,
         the best of all by `evaluate` for each layer. Or the name of one policy.
     time_limit : float, optional
-        Seconds of wall time; compilation, once after installation, is not counted. 0 still
-        gives a plan and its bound.
+        Seconds of wall time; loading kernels (once a process) and compiling them (once after
+        installation) come before and are not counted. 0 still gives a plan and its bound.
     work_limit : int, optional
         Search steps over all layers. Without a time limit this (by default
         2,000,000 a layer) and the gap end the search, and equal inputs give equal bits on any
@@ -70,14 +70,8 @@ def solve(
         If `start` does not fit the problem or breaks a rule.
     """
     # compiled code: imported to be used
-    from moeplace.search.compiling import compile_seconds, load
-    from moeplace.search.portfolio import Run, search
-
-    load()
-    began, compiled = time.perf_counter(), compile_seconds()
-
-    def seconds() -> float:
-        return time.perf_counter() - began - (compile_seconds() - compiled)
+    import moeplace.search.compiling  # noqa: F401 - tells when kernels are compiled
+    from moeplace.search.portfolio import Run, rehearse, search
 
     limits = Limits(time=time_limit, work=work_limit, gap=gap)
     if method not in METHODS:
@@ -85,6 +79,13 @@ def solve(
     for name, value, least in (("seed", seed, 0), ("workers", workers, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ProblemError(f"The {name} must be a whole number from {least}, got {value!r}.")
+    rehearse(
+        problem.routing == "weighted",
+        problem.windows > 1,
+        start is not None or problem.max_moves is not None,
+        problem.node_groups is not None,
+    )
+    began = time.perf_counter()
     bound = lower_bound(problem)
     reason = explain_infeasible(problem)
     if reason is not None:
@@ -95,12 +96,12 @@ def solve(
             bound=bound,
             evaluation=None,
             limits=limits,
-            seconds=seconds(),
+            seconds=time.perf_counter() - began,
             reason=reason,
         )
     if method != "auto":
         evaluation = _policy(problem, method)
-        return finish(problem, method, bound, evaluation, limits, seconds())
+        return finish(problem, method, bound, evaluation, limits, time.perf_counter() - began)
     run = Run(problem, bound, limits, began, seed, workers, progress)
     interrupted = False
     try:
@@ -109,7 +110,7 @@ def solve(
         if run.best is None:
             raise
         interrupted = True
-    spent = seconds()
+    spent = time.perf_counter() - began
     if run.best is not None:
         return finish(problem, method, bound, run.best, limits, spent, run.work, interrupted)
     return Result(

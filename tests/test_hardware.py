@@ -127,7 +127,6 @@ def test_nodes_must_divide_the_ranks(nodes: float) -> None:
         Cluster.from_speeds([1, 1, 1, 1], slots=1, nodes=nodes)
 
 
-@pytest.mark.xfail(reason="ragged input fails in numpy.ndim, with its message", strict=True)
 @pytest.mark.parametrize("change", [{"speeds": [[1], [1, 2]]}, {"slots": [[1], [1, 2]]}])
 def test_ragged_speeds_and_slots_are_refused(change: dict[str, object]) -> None:
     with pytest.raises(ProblemError, match="ragged"):

@@ -69,7 +69,6 @@ def test_bad_passes_are_refused(passes: object, message: str) -> None:
         LoadHistogram(tokens=np.ones((2, 1, 1)), passes=passes)
 
 
-@pytest.mark.xfail(reason="ragged input fails in numpy.ndim, with its message", strict=True)
 def test_ragged_passes_are_refused() -> None:
     with pytest.raises(ProblemError, match="Passes is ragged"):
         LoadHistogram(tokens=np.ones((2, 1, 1)), passes=[[1], [1, 2]])

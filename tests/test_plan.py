@@ -82,7 +82,6 @@ class TestErrors:
             plan([0, -1, 1], [3], split=[[[1, 0, 1]], [[1, 0.25, 1]]])
 
 
-@pytest.mark.xfail(reason="ragged input fails in numpy.ndim, with its message", strict=True)
 def test_ragged_shares_are_refused() -> None:
     with pytest.raises(PlanError, match="Shares is ragged"):
         plan([[0, 1], [1, 0]], [2], split=[[1, 1], [1]])

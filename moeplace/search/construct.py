@@ -257,6 +257,11 @@ def adopt(state: State, plan: Plan, layers: IntArray) -> None:
     # free slots last, so that those beyond what a rank can use are cut off
     held = np.take_along_axis(held, np.argsort(held == experts, axis=2, kind="stable"), axis=2)
     state.slot[layers] = held[:, :, : state.slot.shape[2]]
+    refresh(state, layers)
+
+
+def refresh(state: State, layers: IntArray) -> None:
+    """Recompute all that follows from the slots of `layers`."""
     _adopt(
         layers,
         state.load,

@@ -13,7 +13,9 @@ import numpy as np
 from numba import njit
 
 from moeplace._check import FloatArray, IntArray
+from moeplace.search.construct import refresh
 from moeplace.search.improve import random_below
+from moeplace.search.mend import mend
 from moeplace.search.state import HELD, OLD, PINNED, State
 
 #: Longest list of steps for each copy that may be received, undone ones included.
@@ -392,6 +394,29 @@ class Moves:
         self.curve[:, 0] = state.makespan
         held = state.on[:, :, :experts]
         held |= np.where(held & HELD, np.uint8(OLD), np.uint8(0))
+
+    def mend(self, layers: IntArray) -> None:
+        """Start `layers` from a mended placement where the current plan breaks a rule.
+
+        What mending receives is taken off the layer's allowance; where that is too little, the
+        layer stays as it is, and the plan is not legal.
+        """
+        state, experts = self.state, self.state.load.shape[1] - 1
+        for layer in layers:
+            slot = self.old[layer].copy()
+            if not mend(slot, state.on[layer], state.tokens[layer] / state.speed, state.cap):
+                continue
+            new = [
+                (g, slot[g, k])
+                for g in range(state.cap.size)
+                for k in range(state.cap[g])
+                if slot[g, k] != experts and not state.on[layer, g, slot[g, k]] & OLD
+            ]
+            if len(new) <= self.allowance[layer]:
+                self.allowance[layer] -= len(new)
+                self.old[layer] = state.slot[layer] = slot
+        refresh(state, layers)
+        self.curve[:, 0] = state.makespan
 
     def improve(
         self,

@@ -255,7 +255,6 @@ def test_moves_forbids_and_groups_together_are_obeyed() -> None:
     assert result.objective < evaluate(both, budget.current).objective
 
 
-@pytest.mark.xfail(reason="steps start from the current plan and only keep rules", strict=True)
 @pytest.mark.parametrize("rule", [Forbid(0, 0), Pin(0, 1), NodeGroups([0, 1, 0])])
 def test_a_current_plan_that_breaks_a_rule_is_mended_within_the_budget(rule: Any) -> None:
     budget = MaxMoves(plan([0, 1, 2, EMPTY], [2, 2]), per_layer=1)
