@@ -149,17 +149,18 @@ def joint_copies(row: Row, seconds: float) -> bool:
 def hot_experts(row: Row, seconds: float) -> bool:
     """Few spare slots (s < ranks): the j hottest experts find no room, for some j.
 
-    Any routing. Proof: let any two of the j hottest exceed the roomiest rank, r_(1). Join an
-    expert and a rank if it has a copy there; a connected part with a experts and b ranks has at
-    least a + b - 1 copies, b - 1 beyond the first ones. So a part of one rank holds one expert,
-    alone of the j and whole; its K_g - 1 neighbours are whole others, but for at most one for
-    each spare slot that is not a copy of the j. Parts of several ranks, with x copies beyond
-    the first in all, have at most x + min(x, a) ranks for their a experts, and carry them with
-    all neighbours that are left. The j - a experts that are alone are matched to ranks with room
-    for them and their neighbours; the heaviest such set of each size is found greedily (ranks
-    in order of room: a matroid), which leaves the least for the rest. If for every x and a
-    something does not fit, no plan exists. Relaxed where it is hard: ranks may serve in both
-    roles, and each freed neighbour adds a whole empty rank.
+    Any routing. Proof: let any two of the j hottest exceed the roomiest rank, r_(1). Take the
+    ranks that hold a copy of the j, join each with every expert that has a copy there, and look
+    at the connected parts. No expert is in two parts, so parts share no spare slots. A part with
+    a of the j on b ranks spends at least b - 1 spare slots on copies (a connected graph has at
+    least as many edges as nodes less one); with f further ones (copies, copies elsewhere, slots
+    left empty) all but a + b - 1 + f of its slots hold whole others. A part of one rank has
+    a = 1. Parts of several ranks, x = sum of b - 1, have at most x + min(x, a) ranks for their a
+    experts. The j - a experts that are alone are matched to ranks with room for them and their
+    neighbours, but for at most s - x ranks with some freed; the heaviest such set of each size is
+    found greedily (ranks in order of room: a matroid), which leaves the least for the rest. If
+    for every x and a something does not fit, no plan exists. Relaxed where it is hard: ranks may
+    serve in both roles, and each freed neighbour adds a whole empty rank.
     """
     room = row.room(seconds)
     count, spare = room.size, row.spare
@@ -188,13 +189,14 @@ PACKED, PACKING_SPARE = 10, 16
 def hot_packing(row: Row, seconds: float) -> bool:
     """Few spare slots: packing the j hottest experts needs more of them than there are.
 
-    Any routing. Proof: join an expert of the j and a rank if it has a copy there. A connected
-    part with a experts on b ranks spends b - 1 spare slots on copies or more. Its ranks have at
-    least k_b slots; what is not a copy of the j, k_b - a - (b - 1) slots or less by every
-    further spare slot spent, holds whole others with at least the smallest loads. Load and
-    neighbours must fit R_b. So a part costs at least the least b - 1 + f for which they do, the
-    parts are a partition of the j, and the cheapest partition (over all subsets) must not cost
-    more than s. Relaxed: parts may use the same ranks and neighbours.
+    Any routing. Proof: take the connected parts of `hot_experts`: ranks that hold a copy of the
+    j, joined by every expert with a copy there, so that no expert and no spare slot is in two. A
+    part with a of the j on b ranks that spends b - 1 + f spare slots has at least k_b slots, k_b
+    the sum of the b smallest K, and all but a + b - 1 + f of them hold whole others, with at
+    least the smallest loads. Load and neighbours must fit R_b. So a part costs at least the least
+    b - 1 + f for which they do, the parts are a partition of the j, and the cheapest partition
+    (over all subsets) must not cost more than s. Relaxed: parts may use the same ranks and
+    neighbours.
     """
     if row.spare >= row.room(seconds).size or row.spare > PACKING_SPARE:
         return False

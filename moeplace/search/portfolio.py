@@ -33,7 +33,7 @@ from moeplace.search.windows import Windows
 #: What is tried besides our own search, on layers where that leaves a gap.
 RIVALS = ("contiguous", "eplb", "vibe", "eplb_lpt")
 #: No rival is tried later than this share of the time limit.
-RIVAL_SHARE = 0.5
+RIVAL_SHARE = 0.3
 #: Search steps for each layer if neither time nor work is limited.
 DEFAULT_WORK = 2_000_000
 #: Search steps between two looks at the clock, a few milliseconds.

@@ -1,7 +1,7 @@
 """Exact weighted split by a sliding window over experts in ascending load, compiled.
 
 A rank of capacity C and K slots takes the least K consecutive experts whose sum reaches C: all
-but the last whole, the last cut so that the rank is placedly full; the rest of the cut goes back
+but the last whole, the last cut so that the rank is exactly full; the rest of the cut goes back
 in order. Each rank but the last so removes K - 1 experts and cuts one, which fits if
 S >= E + G - 1 (cf. class-constrained packing, Golubchik et al. 2000, Shachnai and Tamir 2001).
 It can fail, when a rank cannot be filled or is overfilled by its smallest experts: the outcome
