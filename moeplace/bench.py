@@ -234,7 +234,7 @@ def _grown(shape: tuple[int, int, int, int]) -> Row:
 
 
 def ablation(instances: Path) -> Iterator[Row]:
-    """The exchange search with one step left out, at equal time and at equal work."""
+    """The exchange search with one step left out, at equal time."""
     from moeplace.search.improve import KICKS
 
     variants: list[tuple[str, dict[str, Any]]] = [

@@ -28,6 +28,12 @@ class _Pair:
     rank: int
     layer: int | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("expert", "rank", "layer"):  # numpy's whole numbers are as good
+            value = getattr(self, name)
+            if isinstance(value, np.integer):
+                object.__setattr__(self, name, int(value))
+
     def check(self, problem: "Problem") -> None:
         """Raise ProblemError if expert, rank or layer does not exist."""
         limits: tuple[tuple[str, int, int], ...]

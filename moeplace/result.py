@@ -59,6 +59,8 @@ class Limits:
                 raise ProblemError(
                     f"The {name} limit must be a finite number of at least 0, got {value!r}."
                 )
+            if name == "work" and value != int(value):  # type: ignore[arg-type]
+                raise ProblemError(f"The work limit counts steps: a whole number, got {value!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)

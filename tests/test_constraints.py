@@ -145,3 +145,8 @@ def test_moves_and_groups_may_be_given_once() -> None:
     for rule in (MaxMoves(TWO_LAYERS), NodeGroups(1)):
         with pytest.raises(ProblemError, match=f"{type(rule).__name__} may be given once"):
             problem([[1, 2, 3], [1, 2, 3]], [1, 1], 2, constraints=[rule, rule])
+
+
+def test_whole_numbers_of_numpy_name_the_same_rule() -> None:
+    assert Pin(np.int64(1), np.int64(0)) == Pin(1, 0)
+    assert Pin(np.int64(1), np.int64(0)).key(2) == Pin(1, 0).key(2)

@@ -142,6 +142,10 @@ class TestLimits:
     def test_nothing_is_limited_but_the_gap_by_default(self) -> None:
         assert (Limits().time, Limits().work, Limits().gap) == (None, None, 1e-4)
 
+    def test_half_a_step_is_no_limit(self) -> None:
+        with pytest.raises(ProblemError, match="counts steps: a whole number, got 1.5"):
+            Limits(work=1.5)  # type: ignore[arg-type]
+
     def test_zero_is_a_limit(self) -> None:
         limits = Limits(time=0, work=0, gap=0)
         assert (limits.time, limits.work, limits.gap) == (0, 0, 0)
