@@ -8,11 +8,10 @@ import numpy as np
 from numba import njit
 
 from moeplace._check import FloatArray, IntArray
+from moeplace.bounds import PACKED, PACKING_SPARE, SLACK
 
-SLACK = 1e-12
 BASE, FLUID, SLOT_CAP, EVEN_COPIES, HOT_EXPERT, JOINT_COPIES = range(6)
 HOT_EXPERTS, HOT_PACKING, NO_REPLICAS, WHOLE_TOKENS = range(6, 10)
-PACKED, PACKING_SPARE = 10, 16
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

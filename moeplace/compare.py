@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeplace.errors import PolicyNotApplicable
-from moeplace.evaluate import Evaluation, evaluate
+from moeplace.evaluate import Evaluation
 from moeplace.plan import Plan
 from moeplace.policies import POLICIES, planning_loads
 from moeplace.policies.vibe import vibe_assignment
 from moeplace.problem import Problem
 from moeplace.result import Result
-from moeplace.search.split import resplit
+from moeplace.search.split import at_best_shares
 
 #: What `compare` prices unless told otherwise: what engines start with, the published balancers
 #: and the fair rival.
@@ -81,12 +81,12 @@ def compare(
     rows = []
     if problem.max_moves is not None:
         current = problem.max_moves.current.with_split(None)
-        rows.append(_row("current plan", _price(problem, current), held))
+        rows.append(_row("current plan", at_best_shares(problem, current), held))
     for method in methods:
         if result is not None and method == result.method:
             continue
         try:
-            rows.append(_row(method, _price(problem, POLICIES[method](problem)), held))
+            rows.append(_row(method, at_best_shares(problem, POLICIES[method](problem)), held))
         except PolicyNotApplicable as cause:
             rows.append(Row(method=method, evaluation=None, reason=str(cause)))
         if method == "vibe":
@@ -106,10 +106,6 @@ def _held(problem: Problem) -> Plan | None:
         return POLICIES["contiguous"](problem)
     except PolicyNotApplicable:
         return None
-
-
-def _price(problem: Problem, plan: Plan) -> Evaluation:
-    return evaluate(problem, resplit(problem, plan) if problem.routing == "weighted" else plan)
 
 
 def _row(method: str, evaluation: Evaluation, held: Plan | None) -> Row:

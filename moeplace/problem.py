@@ -174,11 +174,7 @@ class Problem:
     @cached_property
     def mean_load(self) -> tuple[FloatArray, FloatArray]:
         """Weighted mean over windows of tokens [layers, experts] and base load [layers, ranks]."""
-        weight = self.window_weight[:, None, None]
-        return (
-            frozen((self.tokens * weight).sum(axis=0)),
-            frozen((self.base * weight).sum(axis=0)),
-        )
+        return frozen(self.mean(self.tokens)), frozen(self.mean(self.base))
 
     @cached_property
     def allowed(self) -> BoolArray:
@@ -208,6 +204,11 @@ class Problem:
     def node_groups(self) -> NodeGroups | None:
         """The rule on expert groups, if there is one."""
         return next((c for c in self.constraints if isinstance(c, NodeGroups)), None)
+
+    def mean(self, values: FloatArray) -> FloatArray:
+        """Weighted mean over windows, [windows, ...] -> [...]."""
+        weight = self.window_weight.reshape(-1, *[1] * (values.ndim - 1))
+        return np.asarray((values * weight).sum(axis=0))
 
     def step_seconds(self, layer_seconds: FloatArray) -> FloatArray:
         """Sum [windows, layers] over layers with their weights -> [windows]."""

@@ -5,13 +5,13 @@ from collections.abc import Callable
 
 from moeplace.bounds import lower_bound
 from moeplace.errors import PolicyNotApplicable, ProblemError
-from moeplace.evaluate import Evaluation, evaluate
+from moeplace.evaluate import Evaluation
 from moeplace.feasible import explain_infeasible
 from moeplace.plan import Plan
 from moeplace.policies import POLICIES
 from moeplace.problem import Problem
 from moeplace.result import Limits, Progress, Result, Status, finish
-from moeplace.search.split import resplit
+from moeplace.search.split import at_best_shares
 
 METHODS = ("auto", *POLICIES)
 
@@ -127,10 +127,7 @@ def solve(
 
 
 def _policy(problem: Problem, name: str) -> Evaluation:
-    plan = POLICIES[name](problem)
-    if problem.routing == "weighted" and not plan.duplicates.any():
-        plan = resplit(problem, plan)
-    evaluation = evaluate(problem, plan)
+    evaluation = at_best_shares(problem, POLICIES[name](problem))
     if not evaluation.legal:
         raise PolicyNotApplicable(
             f"Policy {name} gives no legal plan here: {evaluation.violations[0]} "

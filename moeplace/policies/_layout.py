@@ -1,16 +1,10 @@
 """What the policies share: the order, the greedy loop and the layout of slots."""
 
 import numpy as np
-import numpy.typing as npt
 
+from moeplace._check import FloatArray, IntArray
 from moeplace.errors import PolicyNotApplicable
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
-
-#: What an empty slot holds.
-EMPTY = -1
+from moeplace.plan import EMPTY
 
 
 def descending(weights: FloatArray) -> IntArray:

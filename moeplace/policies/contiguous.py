@@ -4,8 +4,10 @@ from math import gcd
 
 import numpy as np
 
+from moeplace._check import IntArray
 from moeplace.errors import PolicyNotApplicable
-from moeplace.policies._layout import EMPTY, IntArray, require_slots, starts
+from moeplace.plan import EMPTY
+from moeplace.policies._layout import require_slots, starts
 
 
 def contiguous(layers: int, experts: int, rank_slots: IntArray) -> IntArray:

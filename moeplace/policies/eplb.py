@@ -6,8 +6,10 @@ only in float32 are told apart here.
 
 import numpy as np
 
+from moeplace._check import FloatArray, IntArray
 from moeplace.errors import PolicyNotApplicable
-from moeplace.policies._layout import EMPTY, FloatArray, IntArray, require_slots, spread
+from moeplace.plan import EMPTY
+from moeplace.policies._layout import require_slots, spread
 
 
 def eplb(

@@ -5,14 +5,9 @@ Longest processing time first (Graham 1969; on uniform machines Gonzalez, Ibarra
 
 import numpy as np
 
-from moeplace.policies._layout import (
-    EMPTY,
-    FloatArray,
-    IntArray,
-    descending,
-    require_slots,
-    starts,
-)
+from moeplace._check import FloatArray, IntArray
+from moeplace.plan import EMPTY
+from moeplace.policies._layout import descending, require_slots, starts
 from moeplace.policies.eplb import replicate
 
 

@@ -6,7 +6,8 @@ Slots are those of ``eplb(loads, ranks, slots_per_rank)``, bit for bit.
 import numpy as np
 from numba import njit
 
-from moeplace.policies._layout import FloatArray, IntArray, require_slots
+from moeplace._check import FloatArray, IntArray
+from moeplace.policies._layout import require_slots
 
 
 def greedy(loads: FloatArray, ranks: int, slots_per_rank: int) -> IntArray:

@@ -2,8 +2,10 @@
 
 import numpy as np
 
+from moeplace._check import FloatArray, IntArray
 from moeplace.errors import PolicyNotApplicable
-from moeplace.policies._layout import EMPTY, FloatArray, IntArray, descending, spread, starts
+from moeplace.plan import EMPTY
+from moeplace.policies._layout import descending, spread, starts
 
 
 def top_k(loads: FloatArray, rank_slots: IntArray, k: int) -> IntArray:

@@ -5,17 +5,10 @@ One copy of each expert. Latency is predicted linear in tokens: tokens / speed.
 
 import numpy as np
 
+from moeplace._check import BoolArray, FloatArray, IntArray
 from moeplace.errors import PolicyNotApplicable
-from moeplace.policies._layout import (
-    EMPTY,
-    BoolArray,
-    FloatArray,
-    IntArray,
-    lay_out,
-    require_slots,
-    spread,
-    starts,
-)
+from moeplace.plan import EMPTY
+from moeplace.policies._layout import lay_out, require_slots, spread, starts
 
 
 def vibe_assignment(loads: FloatArray, speeds: FloatArray) -> IntArray:

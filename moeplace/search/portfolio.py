@@ -25,7 +25,7 @@ from moeplace.search.improve import improve
 from moeplace.search.moves import Moves
 from moeplace.search.nodes import assign
 from moeplace.search.polish import Polish
-from moeplace.search.split import layer_makespan, resplit
+from moeplace.search.split import at_best_shares, layer_makespan, resplit
 from moeplace.search.state import BARRED, HELD, PINNED, State, to_slots
 from moeplace.search.window import window
 from moeplace.search.windows import Windows
@@ -94,9 +94,8 @@ class Run:
         """Layers [layers] whose best makespan is above the gap, by the mean over windows."""
         if self.best is None:
             return np.ones(self.problem.layers, dtype=np.bool_)
-        weight = self.problem.window_weight
-        reached = (self.best.makespan * weight[:, None]).sum(axis=0)
-        bound = (self.bound.per_layer * weight[:, None]).sum(axis=0)
+        reached = self.problem.mean(self.best.makespan)
+        bound = self.problem.mean(self.bound.per_layer)
         return np.asarray(reached > bound * (1 + self.limits.gap))
 
     def offer(self, plan: Plan, name: str = "") -> None:
@@ -112,9 +111,7 @@ class Run:
             If the plan is illegal and has a `name`, i.e. is the user's.
         """
         problem = self.problem
-        if problem.routing == "weighted" and plan.split is None and not plan.duplicates.any():
-            plan = resplit(problem, plan)
-        new = evaluate(problem, plan)
+        new = at_best_shares(problem, plan) if plan.split is None else evaluate(problem, plan)
         if not new.legal:
             if name:
                 raise PlanError(f"{name} breaks a rule of the problem: {new.violations[0]}.")
@@ -123,8 +120,7 @@ class Run:
             self.best = new
             return
         old = self.best
-        weight = problem.window_weight[:, None]
-        better = (new.makespan * weight).sum(axis=0) < (old.makespan * weight).sum(axis=0)
+        better = problem.mean(new.makespan) < problem.mean(old.makespan)
         if self.from_start:
             better &= self.open
         candidates = [old, new] if not self.from_start else [old]
@@ -226,7 +222,7 @@ def _afresh(run: Run, start: Plan | None, pool: ThreadPoolExecutor) -> None:
         if start is not None and problem.node_groups is None:
             _near_start(run, state, start, pool)
             if problem.windows > 1 and not weighted and run.open.any():
-                _near_start_in_windows(run, start, pool)
+                _near_start_in_windows(run, pool)
             if not run.open.any():
                 return
         _descend(run, state, pool, share, rounds=1)
@@ -257,12 +253,17 @@ def _afresh(run: Run, start: Plan | None, pool: ThreadPoolExecutor) -> None:
         run.offer(state.plan(problem))
 
 
+def _holding(run: Run, plan: Plan) -> State:
+    """A state that holds a plan's placement in all layers."""
+    state = State.of(run.problem, run.seed)
+    adopt(state, plan, np.arange(run.problem.layers))
+    return state
+
+
 def _near_start(run: Run, state: State, start: Plan, pool: ThreadPoolExecutor) -> None:
     """Take layers that the start plan is best in, or that few steps bring within the gap."""
-    near = State.of(run.problem, run.seed)
-    construct(near)
+    near = _holding(run, start)
     layers = np.arange(run.problem.layers)
-    adopt(near, start, layers)
     _take_better(run, state, start)
     slots = run.problem.cluster.total_slots
     moves = Moves(near, np.full(layers.size, slots))
@@ -279,12 +280,10 @@ def _broken(state: State) -> IntArray:
     return np.flatnonzero(((held & barred) | (pinned & ~held)).any(axis=(1, 2)))
 
 
-def _near_start_in_windows(run: Run, start: Plan, pool: ThreadPoolExecutor) -> None:
+def _near_start_in_windows(run: Run, pool: ThreadPoolExecutor) -> None:
     """Several windows: only changes that help, from the best so far, in layers above the gap."""
-    near = State.of(run.problem, run.seed)
-    construct(near)
     assert run.best is not None
-    adopt(near, run.best.plan, np.arange(run.problem.layers))
+    near = _holding(run, run.best.plan)
     every = Windows(run.problem, near)
     weight, slots = run.problem.window_weight, run.problem.cluster.total_slots
     for _ in range(32):
@@ -422,9 +421,7 @@ def _few_moves(run: Run, current: Plan, allowance: IntArray, pool: ThreadPoolExe
     if evaluate(problem, current.with_split(None)).legal:
         run.offer(current.with_split(None))
     rules = problem.max_moves
-    state = State.of(problem, run.seed)
-    construct(state)  # sets up the state; the current plan replaces the outcome
-    adopt(state, current, np.arange(problem.layers))
+    state = _holding(run, current)
     if problem.node_groups is not None:  # groups stay on the nodes where they are
         groups = problem.node_groups.of(problem.experts)
         assert problem.cluster.nodes is not None
@@ -512,8 +509,7 @@ def _polish(run: Run, state: State, allowance: IntArray, pool: ThreadPoolExecuto
     """Weighted routing: change single slots of the open layers, priced at their best shares."""
     problem = run.problem
     polish = Polish(problem, state, allowance)
-    weight = problem.window_weight[:, None]
-    target = (run.bound.per_layer * weight).sum(axis=0) * (1 + run.limits.gap)
+    target = problem.mean(run.bound.per_layer) * (1 + run.limits.gap)
     slots = problem.cluster.total_slots
     trials = 16
     while not run.late():

@@ -1,19 +1,15 @@
 """Best shares for a placement that stays as it is (weighted routing)."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from moeplace._check import FloatArray, IntArray, frozen, sum_by
 from moeplace.errors import ProblemError
-from moeplace.evaluate import check_fits
+from moeplace.evaluate import Evaluation, check_fits, evaluate
 from moeplace.plan import Plan
-
-if TYPE_CHECKING:
-    from moeplace.problem import Problem
+from moeplace.problem import Problem
 
 
-def resplit(problem: "Problem", plan: Plan) -> Plan:
+def resplit(problem: Problem, plan: Plan) -> Plan:
     """Shares that minimise every layer's makespan in every window, placement unchanged.
 
     Exact: a parametric maximum flow finds the least T at which all tokens reach ranks that hold
@@ -41,7 +37,12 @@ def resplit(problem: "Problem", plan: Plan) -> Plan:
     return plan.with_split(split[0] if problem.windows == 1 else split)
 
 
-def layer_makespan(problem: "Problem", layer: int, slots: IntArray) -> FloatArray:
+def at_best_shares(problem: Problem, plan: Plan) -> Evaluation:
+    """Price of a placement: at its best shares if the routing can follow shares."""
+    return evaluate(problem, resplit(problem, plan) if problem.routing == "weighted" else plan)
+
+
+def layer_makespan(problem: Problem, layer: int, slots: IntArray) -> FloatArray:
     """Makespan [windows] of one layer's slots [slots] at their best shares."""
     from moeplace.search.flow import shares
 
