@@ -8,7 +8,15 @@ __version__ = "0.1.0"
 from moeplace import instances
 from moeplace.bounds import Bound, lower_bound, recompute
 from moeplace.compare import compare
-from moeplace.constraints import Forbid, MaxMoves, NodeGroups, Pin
+from moeplace.constraints import (
+    Forbid,
+    MaxMoves,
+    MaxReplicas,
+    NodeGroups,
+    Pin,
+    ReplicaBudget,
+    TokenCapacity,
+)
 from moeplace.errors import (
     CertificateError,
     FormatError,
@@ -21,7 +29,7 @@ from moeplace.errors import (
 )
 from moeplace.evaluate import Evaluation, evaluate
 from moeplace.formats import read_plan, write_plan
-from moeplace.hardware import Cluster
+from moeplace.hardware import Cluster, Planes
 from moeplace.instances import read_instance, write_instance
 from moeplace.loads import LoadHistogram
 from moeplace.plan import EMPTY, Plan
@@ -41,19 +49,23 @@ __all__ = [
     "Limits",
     "LoadHistogram",
     "MaxMoves",
+    "MaxReplicas",
     "MissingExtraError",
     "MoeplaceError",
     "NodeGroups",
     "Pin",
     "Plan",
     "PlanError",
+    "Planes",
     "PolicyNotApplicable",
     "Problem",
     "ProblemError",
     "Progress",
+    "ReplicaBudget",
     "Result",
     "SolverError",
     "Status",
+    "TokenCapacity",
     "compare",
     "evaluate",
     "instances",

@@ -124,7 +124,9 @@ def _hot_packing(total, loads, prefix, fewest, spare):  # type: ignore[no-untype
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _refutes(kind, seconds, loads, prefix, base, speeds, caps, fewest, most, unit):  # type: ignore[no-untyped-def]
+def _refutes(  # type: ignore[no-untyped-def]
+    kind, seconds, loads, prefix, base, speeds, caps, fewest, most, unit, capacity, copies
+):
     """Whether argument `kind` excludes a makespan of at most `seconds`."""
     experts = loads.size
     spare = fewest[-1] - experts
@@ -134,7 +136,7 @@ def _refutes(kind, seconds, loads, prefix, base, speeds, caps, fewest, most, uni
     n = 0
     for g in range(speeds.size):
         if caps[g] > 0:
-            room[n] = max(seconds * speeds[g] - base[g], 0.0)
+            room[n] = max(min(seconds * speeds[g], capacity[g]) - base[g], 0.0)
             can = min(room[n], prefix[caps[g]])
             held += np.floor(can / unit * (1 + SLACK) + SLACK) if kind == WHOLE_TOKENS else can
             n += 1
@@ -168,9 +170,9 @@ def _refutes(kind, seconds, loads, prefix, base, speeds, caps, fewest, most, uni
             while c < count and need > reach[c]:
                 c += 1
             needed += c
-            if c == count or needed > experts + spare:
+            if c == count or needed > copies:
                 return True
-        return needed > experts + spare
+        return needed > copies
     if kind == HOT_EXPERT:
         total = 0.0
         for n in range(1, min(spare + 1, count) + 1):
@@ -209,7 +211,9 @@ def _refutes(kind, seconds, loads, prefix, base, speeds, caps, fewest, most, uni
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _search(loads, base, fluid, speeds, caps, fewest, most, even, units, value, source):  # type: ignore[no-untyped-def]
+def _search(  # type: ignore[no-untyped-def]
+    loads, base, fluid, speeds, caps, fewest, most, even, units, capacity, copies, value, source
+):
     experts = loads.shape[1]
     spare = fewest[-1] - experts
     prefix = np.zeros(experts + 1)
@@ -233,7 +237,7 @@ def _search(loads, base, fluid, speeds, caps, fewest, most, even, units, value, 
             while low < probe < high:  # double until it is not refuted, then bisect
                 if _refutes(
                     kind, probe, loads[row], prefix, base[row], speeds, caps, fewest, most,
-                    units[row],
+                    units[row], capacity, copies,
                 ):  # fmt: skip
                     low = probe
                 else:
@@ -258,6 +262,8 @@ def search(
     caps: IntArray,
     even: bool,
     units: FloatArray,
+    capacity: FloatArray,
+    copies: int,
 ) -> tuple[FloatArray, IntArray]:
     """Best bound of each row and the argument that gives it.
 
@@ -269,6 +275,8 @@ def search(
     speeds, caps : array [ranks]
     even : bool
     units : array [rows], 0 where loads are not whole
+    capacity : array [ranks], most tokens of a rank
+    copies : int, most replicas of all experts together
 
     Returns
     -------
@@ -280,5 +288,7 @@ def search(
     most = np.concatenate([[0], used[::-1].cumsum()])
     value = np.empty(loads.shape[0])
     source = np.empty(loads.shape[0], dtype=np.int64)
-    _search(loads, base, fluid, speeds, caps, fewest, most, even, units, value, source)
+    _search(
+        loads, base, fluid, speeds, caps, fewest, most, even, units, capacity, copies, value, source
+    )
     return value, source

@@ -5,10 +5,11 @@ makespan of at most T. Its docstring holds conditions and proof. `lower_bound` s
 largest T that some argument refutes (compiled, in `bound_kernels`); `recompute` asks the named
 argument about a claimed bound again, from the problem alone, with the NumPy code below.
 
-Notation: w_1 >= w_2 >= ... loads, W their sum; r_g = (T v_g - b_g)+ tokens that rank g can
-still run by T, R_n the sum of the n largest; K_g slots of rank g that can be used (at most E),
-s = sum K - E spare slots. Ranks without slots count only through their base load. Comparisons
-leave a relative slack of 1e-12, so that rounding never makes a bound too high.
+Notation: w_1 >= w_2 >= ... loads, W their sum; r_g = (min(T v_g, C_g) - b_g)+ tokens that rank
+g can still run by T (C_g its token capacity), R_n the sum of the n largest; K_g slots of rank g
+that can be used (at most E), s = sum K - E spare slots. Ranks without slots count only through
+their base load. Latency planes only add to tokens / v_g, so every argument holds for them too.
+Comparisons leave a relative slack of 1e-12, so that rounding never makes a bound too high.
 """
 
 from collections import Counter
@@ -27,6 +28,8 @@ from moeplace.problem import Problem
 SLACK = 1e-12
 #: Sources of bounds that a constraint lifts: groups on nodes (a prefix), and few moves.
 NODES, STAY = "nodes: ", "moves"
+#: Source of bounds by the latency planes.
+PLANES = "planes"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,16 +69,21 @@ class Row:
     caps: IntArray  # [ranks] slots that can be used
     even: bool
     unit: float  # loads are multiples of it; 0 if they are not whole
+    capacity: FloatArray  # [ranks] most tokens, base included
+    copies: int  # most replicas of all experts together
 
     @property
     def spare(self) -> int:
         """Slots beyond one for each expert."""
         return int(self.caps.sum()) - self.loads.size
 
+    def rooms(self, seconds: float) -> FloatArray:
+        """r_g of the ranks [ranks]."""
+        return np.maximum(np.minimum(seconds * self.speeds, self.capacity) - self.base, 0.0)
+
     def room(self, seconds: float) -> FloatArray:
         """r_g of the ranks with slots, most first."""
-        room = np.maximum(seconds * self.speeds - self.base, 0.0)[self.caps > 0]
-        return np.sort(room)[::-1]
+        return np.sort(self.rooms(seconds)[self.caps > 0])[::-1]
 
     def smallest(self, count: IntArray, skip: int) -> FloatArray:
         """Sum of the `count` smallest loads, the `skip` largest left out."""
@@ -99,24 +107,25 @@ def slot_cap(row: Row, seconds: float) -> bool:
     Proof: rank g holds at most K_g experts and takes at most the whole load of each, so never
     more than U_g; by T it runs at most r_g.
     """
-    room = np.maximum(seconds * row.speeds - row.base, 0.0)
+    room = row.rooms(seconds)
     held = np.concatenate([[0.0], row.loads.cumsum()])[row.caps]
     return bool(_above(row.loads.sum(), np.minimum(room, held)[row.caps > 0].sum()))
 
 
 def even_copies(row: Row, seconds: float) -> bool:
-    """Even routing: sum_e c_e > sum K, c_e the least c with w_e <= c r_(c).
+    """Even routing: sum_e c_e > N, c_e the least c with w_e <= c r_(c).
 
     Proof: c copies of e lie on c different ranks, so one of them has room at most r_(c), the
-    c-th largest, and must run w_e / c: fewer than c_e copies are impossible. All copies share
-    the slots. Not valid for fixed dispatch rules or for two copies on one rank.
+    c-th largest, and must run w_e / c: fewer than c_e copies are impossible. There are at most N
+    replicas in all: sum K, or what a budget of replicas leaves beside the other layers' experts.
+    Not valid for fixed dispatch rules or for two copies on one rank.
     """
     if not row.even:
         return False
     room = row.room(seconds)
     reach = np.maximum.accumulate(room * np.arange(1, room.size + 1))
     copies = np.searchsorted(reach, row.loads * (1 - SLACK)) + 1
-    return bool((copies > room.size).any() or copies.sum() > row.caps.sum())
+    return bool((copies > room.size).any() or copies.sum() > row.copies)
 
 
 def hot_expert(row: Row, seconds: float) -> bool:
@@ -136,14 +145,13 @@ def hot_expert(row: Row, seconds: float) -> bool:
 
 
 def joint_copies(row: Row, seconds: float) -> bool:
-    """Any routing: sum_e (n_e - 1) > s, n_e the least n with w_e <= R_n.
+    """Any routing: sum_e n_e > N, n_e the least n with w_e <= R_n.
 
-    Proof: n copies of e run at most R_n together, so e needs n_e copies; all copies beyond the
-    first come from the spare slots.
+    Proof: n copies of e run at most R_n together, so e needs n_e copies; N as above.
     """
     room = row.room(seconds).cumsum()
     copies = np.searchsorted(room, row.loads * (1 - SLACK)) + 1
-    return bool((copies > room.size).any() or (copies - 1).sum() > row.spare)
+    return bool((copies > room.size).any() or copies.sum() > row.copies)
 
 
 def hot_experts(row: Row, seconds: float) -> bool:
@@ -168,7 +176,7 @@ def hot_experts(row: Row, seconds: float) -> bool:
         return False
     total = room.cumsum()
     caps = row.caps[row.caps > 0]
-    rooms = np.maximum(seconds * row.speeds - row.base, 0.0)[row.caps > 0]
+    rooms = row.rooms(seconds)[row.caps > 0]
     fewest = np.sort(caps).cumsum()
     for j in range(1, min(row.loads.size, 2 * count) + 1):
         if j >= 2 and not _above(row.loads[j - 2] + row.loads[j - 1], room[0]):
@@ -282,7 +290,7 @@ def whole_tokens(row: Row, seconds: float) -> bool:
     """
     if row.spare != 0 or row.unit == 0:
         return False
-    room = np.maximum(seconds * row.speeds - row.base, 0.0)
+    room = row.rooms(seconds)
     held = np.concatenate([[0.0], row.loads.cumsum()])[row.caps]
     whole = np.floor(np.minimum(room, held)[row.caps > 0] / row.unit * (1 + SLACK) + SLACK)
     return bool(_above(row.loads.sum() / row.unit, whole.sum()))
@@ -314,6 +322,10 @@ def lower_bound(problem: Problem) -> Bound:
         other = lower_bound(coarse)
         names = np.where(other.per_layer > per_layer, np.char.add(NODES, other.source), names)
         per_layer = np.maximum(per_layer, other.per_layer)
+    if problem.cluster.planes is not None:
+        poured = _planes_bound(problem, per_layer)
+        names = np.where(poured > per_layer, PLANES, names)
+        per_layer = np.maximum(per_layer, poured)
     if problem.max_moves is None:
         return Bound(per_layer=per_layer, source=names, total=problem.total(per_layer))
     stay = _stay(problem)
@@ -348,6 +360,8 @@ def _search(
         _caps(problem),
         problem.routing == "even",
         units.ravel(),
+        problem.capacity,
+        _copies(problem),
     )
 
 
@@ -374,6 +388,8 @@ def recompute(problem: Problem, bound: Bound) -> None:
         place = f"window {window}, layer {layer}"
         if name == STAY:
             holds = bool(claim <= stay[window, layer] * (1 + SLACK))
+        elif name == PLANES and problem.cluster.planes is not None:
+            holds = bool(planes(problem, window, np.array([layer]), np.array([claim]))[0])
         else:
             inner = coarse if name.startswith(NODES) else problem
             argument = ARGUMENTS.get(name.removeprefix(NODES))
@@ -425,6 +441,81 @@ def nodes_as_ranks(problem: Problem) -> Problem | None:
         layer_weight=problem.layer_weight,
         window_weight=problem.window_weight,
     )
+
+
+def planes(
+    problem: Problem, window: int, layers: IntArray, seconds: FloatArray
+) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """Latency planes: whether tokens and activations cannot be poured into `seconds` [layers].
+
+    Any routing. Proof: by T rank g runs n_g tokens and activates A_g <= K_g replicas with
+    t_k + w_k A_g + c_k (b_g + n_g) / v_g <= T for every plane k, or is idle. Together the ranks
+    must run sum n_g >= W and activate sum A_g >= sum_e a(w_e): a(n) = 1 - exp(-n) is concave with
+    a(0) = 0, so an expert's replicas activate no less than a single one. What a rank can run is
+    a concave function of A_g, so the most that all can run at a total of activations is found
+    by spending activations where they cost the fewest tokens first.
+    """
+    cluster, model = problem.cluster, problem.cluster.planes
+    assert model is not None
+    t, w, c = model.startup, model.activation, model.compute
+    tokens, base = problem.tokens[window, layers], problem.base[window, layers]
+    need = tokens.sum(axis=1) * (1 - SLACK)
+    active = -np.expm1(-tokens).sum(axis=1) * (1 - SLACK)
+    time = seconds[:, None, None]  # [layers, ranks, points]
+    caps = _caps(problem)[None, :, None].astype(float)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # where two planes allow equally many tokens, and where one allows none, on any rank
+        cross = [
+            ((time - t[k]) / c[k] - (time - t[m]) / c[m]) / (w[k] / c[k] - w[m] / c[m])
+            for k in range(t.size)
+            for m in range(k)
+        ]
+        points = [np.zeros_like(time), *cross]
+        rate = cluster.speeds[None, :, None]
+        full = [caps]
+        for k in range(t.size):
+            full.append((time - t[k] - c[k] * base[:, :, None] / rate) / w[k])
+        most = np.nan_to_num(np.minimum.reduce(np.broadcast_arrays(*full)), nan=np.inf)
+        at = np.concatenate(np.broadcast_arrays(*(p + 0 * caps for p in points), caps), axis=2)
+        at = np.sort(np.clip(np.nan_to_num(at), 0.0, np.clip(most, 0.0, caps)), axis=2)
+        runs = np.full(at.shape, np.inf)
+        for k in range(t.size):
+            allowed = (time - t[k] - w[k] * at) * rate
+            each = allowed / c[k] if c[k] > 0 else np.where(allowed >= 0, np.inf, -np.inf)
+            runs = np.minimum(runs, each)
+        runs = runs - base[:, :, None]
+    idle = (runs[:, :, :1] < 0) | (caps == 0)
+    late = (idle[:, :, 0] & (cluster.seconds(base) > seconds[:, None] * (1 + SLACK))).any(axis=1)
+    runs = np.where(idle, 0.0, np.maximum(runs, 0.0))
+    width = np.where(idle, 0.0, np.diff(at, axis=2)).reshape(layers.size, -1)
+    loss = -np.diff(runs, axis=2).reshape(layers.size, -1)
+    slope = np.where(width > 0, loss / np.where(width > 0, width, 1.0), np.inf)
+    order = np.argsort(slope, axis=1, kind="stable")
+    width = np.take_along_axis(width, order, axis=1)
+    slope = np.take_along_axis(np.where(np.isfinite(slope), slope, 0.0), order, axis=1)
+    before = width.cumsum(axis=1) - width
+    spent = np.clip(active[:, None] - before, 0.0, width)
+    can = runs[:, :, 0].sum(axis=1) - (spent * slope).sum(axis=1)
+    short = width.sum(axis=1) < active
+    return np.asarray(late | short | (can * (1 + SLACK) < need))
+
+
+def _planes_bound(problem: Problem, start: FloatArray) -> FloatArray:
+    """Largest makespans [windows, layers] that `planes` refutes, at least `start`; by bisection."""
+    value = start.copy()
+    for window in range(problem.windows):
+        layers = np.flatnonzero(problem.tokens[window].any(axis=1))
+        layers = layers[planes(problem, window, layers, value[window, layers])]
+        low = value[window, layers]
+        high = 2 * low
+        while (bad := planes(problem, window, layers, high)).any():
+            low, high = np.where(bad, high, low), np.where(bad, 2 * high, high)
+        for _ in range(46):
+            middle = 0.5 * (low + high)
+            bad = planes(problem, window, layers, middle)
+            low, high = np.where(bad, middle, low), np.where(bad, high, middle)
+        value[window, layers] = low
+    return value
 
 
 def _stay_curve(problem: Problem, window: int, layer: int) -> FloatArray:
@@ -505,6 +596,8 @@ def _row(problem: Problem, window: int, layer: int) -> Row:
         caps=_caps(problem),
         even=problem.routing == "even",
         unit=float(_units(problem)[window]),
+        capacity=problem.capacity,
+        copies=_copies(problem),
     )
 
 
@@ -514,6 +607,15 @@ def _above(need: FloatArray | float, room: FloatArray | float) -> np.ndarray[tup
 
 def _caps(problem: Problem) -> IntArray:
     return np.minimum(problem.cluster.slots, problem.experts)
+
+
+def _copies(problem: Problem) -> int:
+    """Most replicas that a layer can hold."""
+    slots = int(_caps(problem).sum())
+    most = int(problem.most_replicas.sum())
+    if problem.replica_budget is not None:
+        most = min(most, problem.replica_budget - (problem.layers - 1) * problem.experts)
+    return min(slots, most)
 
 
 def _units(problem: Problem) -> FloatArray:

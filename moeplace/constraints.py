@@ -1,8 +1,8 @@
 """What a plan must obey beyond slots: small frozen classes that check a plan.
 
-Each class checks itself against a problem (`check`), lists its `violations` in a plan, and has
-a `key` for the problem's digest. Planners read pins and forbids as masks, `Problem.allowed` and
-`Problem.pinned`.
+Each class checks itself against a problem (`check`), lists its `violations` in a plan, given
+the tokens [windows, layers, ranks] that ranks run under it, and has a `key` for the problem's
+digest. Planners read them as arrays: `Problem.allowed`, `pinned`, `capacity`, `most_replicas`.
 """
 
 from collections.abc import Iterator
@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moeplace._check import IntArray, integers
+from moeplace._check import FloatArray, IntArray, integers, ndim, numbers
 from moeplace.errors import PlanError, ProblemError
 from moeplace.hardware import Cluster
 from moeplace.plan import EMPTY, Plan
 
 if TYPE_CHECKING:
     from moeplace.problem import Problem
+
+#: A rank may exceed its token capacity by this share: rounding of shares.
+CAPACITY_SLACK = 1e-9
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class _Pair:
 class Pin(_Pair):
     """The expert must have a replica on the rank (others elsewhere are allowed)."""
 
-    def violations(self, plan: Plan, cluster: Cluster) -> list[str]:
+    def violations(self, plan: Plan, cluster: Cluster, tokens: FloatArray) -> list[str]:
         """One sentence for each layer that breaks the rule."""
         return [
             f"layer {layer}: expert {self.expert} is pinned to rank {self.rank} but not there"
@@ -75,7 +78,7 @@ class Pin(_Pair):
 class Forbid(_Pair):
     """The expert must have no replica on the rank."""
 
-    def violations(self, plan: Plan, cluster: Cluster) -> list[str]:
+    def violations(self, plan: Plan, cluster: Cluster, tokens: FloatArray) -> list[str]:
         """One sentence for each layer that breaks the rule."""
         return [
             f"layer {layer}: expert {self.expert} is forbidden on rank {self.rank} but there"
@@ -131,7 +134,7 @@ class MaxMoves:
         limits = f"max moves {self.per_layer} {self.total} "
         return limits.encode() + self.current.slots.tobytes()
 
-    def violations(self, plan: Plan, cluster: Cluster) -> list[str]:
+    def violations(self, plan: Plan, cluster: Cluster, tokens: FloatArray) -> list[str]:
         """One sentence for each layer over its limit, and one for the total."""
         try:
             moves = plan.moves_from(self.current).sum(axis=1)
@@ -193,7 +196,7 @@ class NodeGroups:
         """Bytes that are equal for equal rules."""
         return b"node groups " + self.of(experts).tobytes()
 
-    def violations(self, plan: Plan, cluster: Cluster) -> list[str]:
+    def violations(self, plan: Plan, cluster: Cluster, tokens: FloatArray) -> list[str]:
         """One sentence for each layer and group that lies on several nodes."""
         assert cluster.nodes is not None
         groups = self.of(plan.experts)
@@ -208,4 +211,127 @@ class NodeGroups:
         ]
 
 
-Constraint = Pin | Forbid | MaxMoves | NodeGroups
+@dataclass(frozen=True, eq=False)
+class TokenCapacity:
+    """A rank runs at most so many tokens of a layer in each window, base load included.
+
+    Parameters
+    ----------
+    tokens : array-like [ranks], or number
+        In the unit of `Problem.tokens`: per forward pass if passes are known.
+    """
+
+    tokens: FloatArray | float
+
+    def of(self, ranks: int) -> FloatArray:
+        """Capacity of each rank [ranks].
+
+        Raises
+        ------
+        ProblemError
+            If one is negative or not a number, or the array has another length.
+        """
+        given = np.full(ranks, self.tokens) if ndim(self.tokens) == 0 else self.tokens
+        tokens = numbers(given, "Token capacity", ("rank",), ProblemError)
+        if tokens.size != ranks:
+            raise ProblemError(
+                f"Token capacity needs one number for each of the {ranks} ranks, got {tokens.size}."
+            )
+        return tokens
+
+    def check(self, problem: "Problem") -> None:
+        """Raise ProblemError if the capacities do not fit the ranks."""
+        self.of(problem.ranks)
+
+    def key(self, experts: int) -> bytes:
+        """Bytes that are equal for equal rules."""
+        return b"token capacity " + np.asarray(self.tokens, dtype=np.float64).tobytes()
+
+    def violations(self, plan: Plan, cluster: Cluster, tokens: FloatArray) -> list[str]:
+        """One sentence for each window, layer and rank over its capacity."""
+        capacity = self.of(cluster.ranks)
+        over = tokens > capacity * (1 + CAPACITY_SLACK)
+        return [
+            f"layer {layer}: rank {rank} runs {tokens[window, layer, rank]:.12g} tokens in window "
+            f"{window}, its capacity is {capacity[rank]:.12g}"
+            for window, layer, rank in np.argwhere(over)
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class MaxReplicas:
+    """An expert has at most so many replicas in each layer.
+
+    Parameters
+    ----------
+    limit : int, or array-like [experts]
+    """
+
+    limit: IntArray | int
+
+    def of(self, experts: int) -> IntArray:
+        """Most replicas of each expert [experts].
+
+        Raises
+        ------
+        ProblemError
+            If a limit is below 1, or the array has another length.
+        """
+        given: object = np.full(experts, self.limit) if ndim(self.limit) == 0 else self.limit
+        limit = integers(given, "Most replicas", ("expert",), ProblemError, low=1, high=1 << 20)
+        if limit.size != experts:
+            raise ProblemError(
+                f"Most replicas need one entry for each of the {experts} experts, got {limit.size}."
+            )
+        return limit
+
+    def check(self, problem: "Problem") -> None:
+        """Raise ProblemError if the limits do not fit the experts."""
+        self.of(problem.experts)
+
+    def key(self, experts: int) -> bytes:
+        """Bytes that are equal for equal rules."""
+        return b"max replicas " + self.of(experts).tobytes()
+
+    def violations(self, plan: Plan, cluster: Cluster, tokens: FloatArray) -> list[str]:
+        """One sentence for each layer and expert over its limit."""
+        limit = self.of(plan.experts)
+        return [
+            f"layer {layer}: expert {expert} has {plan.replicas[layer, expert]} replicas, at most "
+            f"{limit[expert]} are allowed"
+            for layer, expert in np.argwhere(plan.replicas > limit)
+        ]
+
+
+@dataclass(frozen=True)
+class ReplicaBudget:
+    """All layers together hold at most so many replicas, first copies included: memory.
+
+    Parameters
+    ----------
+    total : int
+        At least layers x experts, else no plan exists.
+    """
+
+    total: int
+
+    def check(self, problem: "Problem") -> None:
+        """Raise ProblemError if the total is not a whole number."""
+        if isinstance(self.total, bool) or not isinstance(self.total, int | np.integer):
+            raise ProblemError(f"ReplicaBudget needs a whole number, got {self.total!r}.")
+        if self.total < 1:
+            raise ProblemError(f"ReplicaBudget must be at least 1, got {self.total}.")
+
+    def key(self, experts: int) -> bytes:
+        """Bytes that are equal for equal rules."""
+        return f"replica budget {int(self.total)}".encode()
+
+    def violations(self, plan: Plan, cluster: Cluster, tokens: FloatArray) -> list[str]:
+        """One sentence if there are too many replicas."""
+        held = int((plan.slots != EMPTY).sum())
+        if held <= self.total:
+            return []
+        return [f"{held} replicas are held in all layers, at most {self.total} may be"]
+
+
+Constraint = Pin | Forbid | MaxMoves | NodeGroups | TokenCapacity | MaxReplicas | ReplicaBudget

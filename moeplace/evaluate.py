@@ -83,8 +83,9 @@ def evaluate(problem: Problem, plan: Plan) -> Evaluation:
     if share.ndim == 2:
         held, share = held[None], share[None]
     slot_tokens = np.take_along_axis(problem.tokens, held, axis=2) * share
-    tokens = problem.base + np.maximum(plan.by_rank(slot_tokens), 0.0).sum(axis=3)
-    seconds = problem.cluster.seconds(tokens)
+    by_rank = np.maximum(plan.by_rank(slot_tokens), 0.0)
+    tokens = problem.base + by_rank.sum(axis=3)
+    seconds = problem.cluster.seconds(tokens, problem.cluster.activated(by_rank))
     makespan = seconds.max(axis=2)
     return Evaluation(
         problem=problem,
@@ -94,7 +95,7 @@ def evaluate(problem: Problem, plan: Plan) -> Evaluation:
         makespan=makespan,
         step_seconds=problem.step_seconds(makespan),
         objective=problem.total(makespan),
-        violations=violations(problem, plan),
+        violations=violations(problem, plan, tokens),
     )
 
 
@@ -117,14 +118,17 @@ def check_fits(problem: Problem, plan: Plan) -> None:
             )
 
 
-def violations(problem: Problem, plan: Plan) -> tuple[str, ...]:
-    """Every rule of the problem that the plan breaks, a sentence each."""
+def violations(problem: Problem, plan: Plan, tokens: FloatArray) -> tuple[str, ...]:
+    """Every rule of the problem that the plan breaks, a sentence each.
+
+    `tokens` [windows, layers, ranks] is what ranks run under the plan.
+    """
     found = [
         f"layer {layer}: rank {rank} holds two replicas of one expert"
         for layer, rank in np.argwhere(plan.duplicates)
     ]
     for constraint in problem.constraints:
-        found += constraint.violations(plan, problem.cluster)
+        found += constraint.violations(plan, problem.cluster, tokens)
     return tuple(found)
 
 

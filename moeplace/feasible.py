@@ -1,7 +1,8 @@
-"""Whether pins and forbids leave any placement at all, and if not, why."""
+"""Whether the constraints leave any placement at all, and if not, why."""
 
 import numpy as np
 
+from moeplace.constraints import CAPACITY_SLACK
 from moeplace.problem import Problem
 
 
@@ -15,11 +16,21 @@ def explain_infeasible(problem: Problem) -> str | None:
     """
     if not problem.constraints:
         return None
+    counted = _counting(problem)
+    if counted is not None:
+        return counted
     both = problem.pinned & ~problem.allowed
     if both.any():
         layer, expert, rank = np.argwhere(both)[0]
         cause = "has no slots" if problem.cluster.slots[rank] == 0 else "is forbidden for it"
         return f"layer {layer}: expert {expert} is pinned to rank {rank}, which {cause}."
+    copies = problem.pinned.sum(axis=2)  # [layers, experts]
+    if (copies > problem.most_replicas).any():
+        layer, expert = np.argwhere(copies > problem.most_replicas)[0]
+        return (
+            f"layer {layer}: expert {expert} is pinned to {copies[layer, expert]} ranks and may "
+            f"have {problem.most_replicas[expert]} replicas."
+        )
     pins = problem.pinned.sum(axis=1)  # [layers, ranks]
     over = pins > problem.cluster.slots
     if over.any():
@@ -41,6 +52,37 @@ def explain_infeasible(problem: Problem) -> str | None:
                 f"layer {layer}: {len(experts)} experts ({_some(experts)}) may lie only on "
                 f"{len(ranks)} ranks ({_some(ranks)}), where pins leave {free} slots."
             )
+    return None
+
+
+def _counting(problem: Problem) -> str | None:
+    """Sums that no plan can meet: replicas in all, and tokens that ranks may run."""
+    budget, least = problem.replica_budget, np.maximum(problem.pinned.sum(axis=2), 1).sum()
+    if budget is not None and budget < least:
+        return (
+            f"{problem.layers} layers of {problem.experts} experts, pins counted, need {least} "
+            f"replicas, and the budget is {budget}."
+        )
+    capacity = problem.capacity
+    if not np.isfinite(capacity).any():
+        return None
+    over = problem.base > capacity * (1 + CAPACITY_SLACK)
+    if over.any():
+        window, layer, rank = np.argwhere(over)[0]
+        return (
+            f"layer {layer}: the base load of rank {rank} in window {window}, "
+            f"{problem.base[window, layer, rank]:.12g} tokens, is above its capacity of "
+            f"{capacity[rank]:.12g}."
+        )
+    room = np.where(problem.cluster.slots > 0, np.maximum(capacity - problem.base, 0.0), 0.0)
+    short = problem.tokens.sum(axis=2) > room.sum(axis=2) * (1 + CAPACITY_SLACK)
+    if short.any():
+        window, layer = np.argwhere(short)[0]
+        return (
+            f"layer {layer}: {problem.tokens[window, layer].sum():.12g} tokens in window {window} "
+            f"are more than the {room[window, layer].sum():.12g} that the ranks' token capacities "
+            "leave beside their base load."
+        )
     return None
 
 

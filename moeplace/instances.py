@@ -11,9 +11,18 @@ import numpy as np
 
 from moeplace._check import FloatArray, numbers
 from moeplace._files import PathLike, check_full, nested, plain, read_json, write_json
-from moeplace.constraints import Constraint, Forbid, MaxMoves, NodeGroups, Pin
+from moeplace.constraints import (
+    Constraint,
+    Forbid,
+    MaxMoves,
+    MaxReplicas,
+    NodeGroups,
+    Pin,
+    ReplicaBudget,
+    TokenCapacity,
+)
 from moeplace.errors import PlanError, ProblemError
-from moeplace.hardware import Cluster, SpeedUnit
+from moeplace.hardware import Cluster, Planes, SpeedUnit
 from moeplace.loads import LoadHistogram, Phase
 from moeplace.plan import EMPTY, Plan
 from moeplace.problem import Objective, Problem, Routing
@@ -39,11 +48,18 @@ class _Loads(msgspec.Struct, forbid_unknown_fields=True):
     phase: Phase = "mixed"
 
 
+class _Planes(msgspec.Struct, forbid_unknown_fields=True):
+    startup: list[float]
+    activation: list[float]
+    compute: list[float]
+
+
 class _Cluster(msgspec.Struct, forbid_unknown_fields=True):
     speeds: list[float]
     slots: list[_Int]
     nodes: list[_Int] | None = None
     speed_unit: SpeedUnit = "tokens/s"
+    planes: _Planes | None = None
 
 
 class _Rule(msgspec.Struct, forbid_unknown_fields=True, tag_field="type"):
@@ -71,6 +87,18 @@ class _NodeGroups(_Rule, tag="node-groups"):
     groups: _Int | list[_Int]
 
 
+class _TokenCapacity(_Rule, tag="token-capacity"):
+    tokens: float | list[float]
+
+
+class _MaxReplicas(_Rule, tag="max-replicas"):
+    limit: _Int | list[_Int]
+
+
+class _ReplicaBudget(_Rule, tag="replica-budget"):
+    total: int
+
+
 class _File(msgspec.Struct, forbid_unknown_fields=True):
     format: str
     version: int
@@ -81,10 +109,13 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
     notes: str = ""
     routing: Routing = "even"
     objective: Objective = "mean"
-    constraints: list[_Pin | _Forbid | _MaxMoves | _NodeGroups] = []
+    constraints: list[
+        _Pin | _Forbid | _MaxMoves | _NodeGroups | _TokenCapacity | _MaxReplicas | _ReplicaBudget
+    ] = []
     base_load: msgspec.Raw = msgspec.Raw(b"null")
     layer_weight: list[float] | None = None
     window_weight: list[float] | None = None
+    cvar_alpha: float = 0.9
 
 
 def read_instance(path: PathLike) -> Problem:
@@ -110,7 +141,10 @@ def read_instance(path: PathLike) -> Problem:
         if isinstance(rule, _MaxMoves):
             check_full(path, rule.current, f"$.constraints[{i}].current", 2)
     loads, cluster = msgspec.structs.asdict(file.loads), msgspec.structs.asdict(file.cluster)
+    planes = cluster.pop("planes")
     try:
+        if planes is not None:
+            cluster["planes"] = Planes(**msgspec.structs.asdict(planes))
         problem = Problem(
             LoadHistogram(**loads),
             Cluster(**cluster),
@@ -120,6 +154,7 @@ def read_instance(path: PathLike) -> Problem:
             base_load=base,
             layer_weight=file.layer_weight,
             window_weight=file.window_weight,
+            cvar_alpha=file.cvar_alpha,
             name=file.name,
             origin=file.origin,
         )
@@ -156,6 +191,13 @@ def write_instance(problem: Problem, path: PathLike, *, notes: str = "") -> None
         "slots": cluster.slots.tolist(),
         "nodes": np.asarray(cluster.nodes).tolist(),
     }
+    if cluster.planes is not None:
+        file["cluster"]["planes"] = {
+            name: plain(getattr(cluster.planes, name))
+            for name in ("startup", "activation", "compute")
+        }
+    if problem.objective == "cvar":
+        file["cvar_alpha"] = float(problem.cvar_alpha)
     if problem.constraints:
         file["constraints"] = [_rule(constraint) for constraint in problem.constraints]
     if problem.base_load.any():
@@ -186,7 +228,8 @@ def _constraint(rule: _Rule, file: _File) -> Constraint:
         )
         return MaxMoves(current, per_layer=rule.per_layer, total=rule.total)
     kinds: dict[type[_Rule], type[Constraint]]
-    kinds = {_Pin: Pin, _Forbid: Forbid, _NodeGroups: NodeGroups}
+    kinds = {_Pin: Pin, _Forbid: Forbid, _NodeGroups: NodeGroups, _MaxReplicas: MaxReplicas}
+    kinds |= {_TokenCapacity: TokenCapacity, _ReplicaBudget: ReplicaBudget}
     return kinds[type(rule)](**msgspec.structs.asdict(rule))
 
 
@@ -206,6 +249,12 @@ def _rule(constraint: Constraint) -> dict[str, Any]:
         if constraint.current.allow_duplicates:
             rule["allow_duplicates"] = True
         return rule
+    if isinstance(constraint, TokenCapacity):
+        return {"type": "token-capacity", "tokens": np.asarray(constraint.tokens).tolist()}
+    if isinstance(constraint, MaxReplicas):
+        return {"type": "max-replicas", "limit": np.asarray(constraint.limit).tolist()}
+    if isinstance(constraint, ReplicaBudget):
+        return {"type": "replica-budget", "total": int(constraint.total)}
     assert_never(constraint)
 
 

@@ -5,18 +5,31 @@ import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 
-from moeplace._check import BoolArray, FloatArray, frozen, ndim, numbers
-from moeplace.constraints import Constraint, Forbid, MaxMoves, NodeGroups, Pin
+from moeplace._check import BoolArray, FloatArray, IntArray, frozen, ndim, numbers
+from moeplace.constraints import (
+    Constraint,
+    Forbid,
+    MaxMoves,
+    MaxReplicas,
+    NodeGroups,
+    Pin,
+    ReplicaBudget,
+    TokenCapacity,
+)
 from moeplace.errors import ProblemError
 from moeplace.hardware import Cluster
 from moeplace.loads import LoadHistogram
 
 Routing = Literal["even", "weighted"]
-Objective = Literal["mean", "worst"]
+Objective = Literal["mean", "worst", "cvar"]
+
+_RULES = get_args(Constraint)
+_ONCE = (MaxMoves, NodeGroups, TokenCapacity, MaxReplicas, ReplicaBudget)
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,15 +43,18 @@ class Problem:
     routing : {"even", "weighted"}
         How the engine shares an expert's tokens over its replicas: evenly (vLLM,
         TensorRT-LLM, SGLang dynamic), or by shares that the plan chooses.
-    objective : {"mean", "worst"}
-        Over windows, of the step time (the sum over layers of the slowest rank's time).
-    constraints : sequence of Pin, Forbid, MaxMoves and NodeGroups
+    objective : {"mean", "worst", "cvar"}
+        Over windows, of the step time (the sum over layers of the slowest rank's time). CVaR
+        is the mean of the worst 1 - `cvar_alpha` of the windows, by their weights.
+    constraints : sequence of the classes in `moeplace.constraints`
     base_load : array-like [ranks], [layers, ranks] or [windows, layers, ranks], optional
         Tokens that each rank runs whatever the plan, in the unit of the loads.
     layer_weight : array-like [layers], optional
         Calls per step of each layer; 1 by default.
     window_weight : array-like [windows], optional
-        Weights of the mean, normalised to sum 1; by default the windows' passes, or equal.
+        Weights of mean and CVaR, normalised to sum 1; by default the windows' passes, or equal.
+    cvar_alpha : float
+        From 0 (the mean) up to, but not, 1; used by the objective "cvar" alone.
     name, origin : str
         For people: what it is called, where its numbers come from. Not part of the digest.
 
@@ -57,6 +73,7 @@ class Problem:
     base_load: Any = None
     layer_weight: Any = None
     window_weight: Any = None
+    cvar_alpha: float = 0.9
     name: str = ""
     origin: str = ""
 
@@ -88,7 +105,7 @@ class Problem:
         for constraint in constraints:
             if not isinstance(constraint, Constraint):
                 raise ProblemError(
-                    "Constraints may be Pin, Forbid, MaxMoves and NodeGroups, got "
+                    f"Constraints may be {', '.join(kind.__name__ for kind in _RULES)}, got "
                     f"{type(constraint).__name__}."
                 )
         checked: dict[str, Any] = {"constraints": constraints}
@@ -126,7 +143,18 @@ class Problem:
             object.__setattr__(self, field, value)
         for constraint in constraints:
             constraint.check(self)
-        for rule in (MaxMoves, NodeGroups):
+        alpha = self.cvar_alpha
+        real = isinstance(alpha, int | float | np.number) and not isinstance(alpha, bool)
+        if not (real and 0 <= alpha < 1):
+            raise ProblemError(
+                f"The CVaR alpha must be a number from 0 up to, but not, 1, got {alpha!r}."
+            )
+        if self.cluster.planes is not None and self.loads.passes is None:
+            raise ProblemError(
+                "Latency planes need tokens per forward pass: give the loads `passes`, the "
+                "number of forward passes in each window."
+            )
+        for rule in _ONCE:
             if sum(isinstance(constraint, rule) for constraint in constraints) > 1:
                 raise ProblemError(f"{rule.__name__} may be given once.")
 
@@ -195,15 +223,39 @@ class Problem:
                 pinned[_layers(rule.layer), rule.expert, rule.rank] = True
         return pinned
 
+    @cached_property
+    def capacity(self) -> FloatArray:
+        """Tokens that each rank may run [ranks], base load included; infinite without a rule."""
+        rule = self._only(TokenCapacity)
+        return np.full(self.ranks, np.inf) if rule is None else rule.of(self.ranks)
+
+    @cached_property
+    def most_replicas(self) -> IntArray:
+        """Most replicas of each expert [experts]: ranks with slots, or fewer by `MaxReplicas`."""
+        ranks = int((self.cluster.slots > 0).sum())
+        rule = self._only(MaxReplicas)
+        return np.minimum(ranks, ranks if rule is None else rule.of(self.experts)) * np.ones(
+            self.experts, dtype=np.int64
+        )
+
+    @property
+    def replica_budget(self) -> int | None:
+        """Replicas allowed over all layers, if that is limited."""
+        rule = self._only(ReplicaBudget)
+        return None if rule is None else int(rule.total)
+
     @property
     def max_moves(self) -> MaxMoves | None:
         """The move budget, if there is one."""
-        return next((c for c in self.constraints if isinstance(c, MaxMoves)), None)
+        return self._only(MaxMoves)
 
     @property
     def node_groups(self) -> NodeGroups | None:
         """The rule on expert groups, if there is one."""
-        return next((c for c in self.constraints if isinstance(c, NodeGroups)), None)
+        return self._only(NodeGroups)
+
+    def _only(self, kind: type[R]) -> R | None:
+        return next((rule for rule in self.constraints if isinstance(rule, kind)), None)
 
     def mean(self, values: FloatArray) -> FloatArray:
         """Weighted mean over windows, [windows, ...] -> [...]."""
@@ -216,31 +268,55 @@ class Problem:
         return np.array([math.fsum(row) for row in weighted])
 
     def total(self, layer_seconds: FloatArray) -> float:
-        """Objective of [windows, layers] seconds: mean or worst window of the step time.
+        """Objective of [windows, layers] seconds: mean, worst window or CVaR of the step time.
 
-        The sum over layers comes first: per-layer worst cases are never added.
+        The sum over layers comes first: per-layer worst cases are never added. CVaR = min_t t +
+        sum_w p_w (z_w - t)+ / (1 - alpha) (Rockafellar and Uryasev 2000), reached at the
+        quantile: the worst windows count until their weights fill 1 - alpha.
         """
         steps = self.step_seconds(layer_seconds)
         if self.objective == "worst":
             return float(steps.max())
-        return math.fsum(steps * self.window_weight)
+        return math.fsum(steps * self.risk_weight(steps))
+
+    def risk_weight(self, steps: FloatArray) -> FloatArray:
+        """Weights [windows] whose sum with the step times is the objective.
+
+        For mean and CVaR; any other weights that these could be for other times give less.
+        """
+        if self.objective == "worst":
+            return np.where(np.arange(steps.size) == steps.argmax(), 1.0, 0.0)
+        if self.objective == "mean":
+            return np.asarray(self.window_weight)
+        worst = np.argsort(-steps, kind="stable")
+        filled = np.minimum(self.window_weight[worst].cumsum() / (1 - self.cvar_alpha), 1.0)
+        weight = np.empty(steps.size)
+        weight[worst] = np.diff(filled, prepend=0.0)
+        return weight
 
     def aggregate(self) -> "Problem":
         """The same problem on the sum of all windows."""
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         base = np.broadcast_to(self.base_load, (self.windows, self.layers, self.ranks))
         given |= {"loads": self.loads.aggregate(), "window_weight": None}
+        if self.loads.passes is None and np.isfinite(self.capacity).any():  # of a longer window
+            rest = [rule for rule in self.constraints if not isinstance(rule, TokenCapacity)]
+            given["constraints"] = [*rest, TokenCapacity(self.capacity * self.windows)]
         given |= {"base_load": base.sum(axis=0, keepdims=True)}
         return Problem(**given)
 
     @cached_property
     def _digest(self) -> str:
         state = hashlib.sha256(b"moeplace problem 1")
-        choices = (self.routing, self.objective, self.cluster.speed_unit)
+        objective = self.objective
+        if objective == "cvar":
+            objective += f" {float(self.cvar_alpha)!r}"  # type: ignore[assignment]
+        choices = (self.routing, objective, self.cluster.speed_unit)
         rules = sorted(rule.key(self.experts) for rule in self.constraints)
         for key in (*map(str.encode, choices), *rules):
             state.update(key + b"\0")
         cluster = self.cluster
+        planes = cluster.planes
         for array in (
             self.tokens,
             self.base,
@@ -249,6 +325,7 @@ class Problem:
             cluster.speeds,
             cluster.slots,
             cluster.nodes,
+            *(() if planes is None else (planes.startup, planes.activation, planes.compute)),
         ):
             assert array is not None
             state.update(repr((array.dtype.str, array.shape)).encode())

@@ -9,28 +9,29 @@ from tests.strategies import plan, problem
 
 TWO_LAYERS = plan([[0, 1, 2, 0], [1, 2, 0, 2]], [2, 2])
 TWO_RANKS = Cluster(speeds=[1, 1], slots=[2, 2])
+TOKENS = np.zeros((1, 2, 2))
 TWO_NODES = Cluster(speeds=[1, 1], slots=[2, 2], nodes=[0, 1])
 
 
 def test_a_pin_is_broken_in_every_layer_where_the_rank_lacks_the_expert() -> None:
-    assert Pin(0, 0).violations(TWO_LAYERS, TWO_RANKS) == [
+    assert Pin(0, 0).violations(TWO_LAYERS, TWO_RANKS, TOKENS) == [
         "layer 1: expert 0 is pinned to rank 0 but not there"
     ]
-    assert Pin(0, 1).violations(TWO_LAYERS, TWO_RANKS) == []
+    assert Pin(0, 1).violations(TWO_LAYERS, TWO_RANKS, TOKENS) == []
 
 
 def test_a_forbid_is_broken_in_every_layer_where_the_rank_holds_the_expert() -> None:
-    assert Forbid(2, 1).violations(TWO_LAYERS, TWO_RANKS) == [
+    assert Forbid(2, 1).violations(TWO_LAYERS, TWO_RANKS, TOKENS) == [
         "layer 0: expert 2 is forbidden on rank 1 but there",
         "layer 1: expert 2 is forbidden on rank 1 but there",
     ]
-    assert Forbid(1, 1).violations(TWO_LAYERS, TWO_RANKS) == []
+    assert Forbid(1, 1).violations(TWO_LAYERS, TWO_RANKS, TOKENS) == []
 
 
 def test_a_rule_for_one_layer_says_nothing_about_the_others() -> None:
-    assert Pin(0, 0, layer=0).violations(TWO_LAYERS, TWO_RANKS) == []
-    assert len(Pin(0, 0, layer=1).violations(TWO_LAYERS, TWO_RANKS)) == 1
-    assert Forbid(0, 0, layer=1).violations(TWO_LAYERS, TWO_RANKS) == []
+    assert Pin(0, 0, layer=0).violations(TWO_LAYERS, TWO_RANKS, TOKENS) == []
+    assert len(Pin(0, 0, layer=1).violations(TWO_LAYERS, TWO_RANKS, TOKENS)) == 1
+    assert Forbid(0, 0, layer=1).violations(TWO_LAYERS, TWO_RANKS, TOKENS) == []
 
 
 @pytest.mark.parametrize("kind", [Pin, Forbid])
@@ -78,14 +79,14 @@ def test_evaluate_lists_every_broken_rule() -> None:
 
 def test_moves_are_counted_layer_by_layer_and_in_all() -> None:
     current = plan([[0, 1, 2, 1], [0, 1, 2, 1]], [2, 2])
-    assert MaxMoves(current, per_layer=1).violations(TWO_LAYERS, TWO_RANKS) == [
+    assert MaxMoves(current, per_layer=1).violations(TWO_LAYERS, TWO_RANKS, TOKENS) == [
         "layer 1: 2 copies are received, at most 1 may"
     ]
-    assert MaxMoves(current, total=2).violations(TWO_LAYERS, TWO_RANKS) == [
+    assert MaxMoves(current, total=2).violations(TWO_LAYERS, TWO_RANKS, TOKENS) == [
         "3 copies are received in all, at most 2 may"
     ]
-    assert MaxMoves(current, per_layer=2, total=3).violations(TWO_LAYERS, TWO_RANKS) == []
-    assert MaxMoves(current).violations(TWO_LAYERS, TWO_RANKS) == []
+    assert MaxMoves(current, per_layer=2, total=3).violations(TWO_LAYERS, TWO_RANKS, TOKENS) == []
+    assert MaxMoves(current).violations(TWO_LAYERS, TWO_RANKS, TOKENS) == []
 
 
 def test_a_budget_of_moves_must_fit_the_problem() -> None:
@@ -111,13 +112,13 @@ def test_the_budget_of_a_layer_is_never_more_than_its_slots() -> None:
 
 def test_a_group_may_not_lie_on_two_nodes() -> None:
     rule = NodeGroups([0, 0, 1])
-    assert rule.violations(plan([0, 1, 2, -1], [2, 2]), TWO_NODES) == []
-    assert rule.violations(TWO_LAYERS, TWO_NODES) == [
+    assert rule.violations(plan([0, 1, 2, -1], [2, 2]), TWO_NODES, TOKENS) == []
+    assert rule.violations(TWO_LAYERS, TWO_NODES, TOKENS) == [
         "layer 0: expert group 0 lies on nodes [0, 1], one is allowed",
         "layer 1: expert group 0 lies on nodes [0, 1], one is allowed",
         "layer 1: expert group 1 lies on nodes [0, 1], one is allowed",
     ]
-    assert rule.violations(TWO_LAYERS, TWO_RANKS) == [], "both ranks are on one node"
+    assert rule.violations(TWO_LAYERS, TWO_RANKS, TOKENS) == [], "both ranks are on one node"
 
 
 def test_groups_are_given_by_number_or_for_each_expert() -> None:

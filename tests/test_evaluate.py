@@ -222,8 +222,9 @@ def test_a_plan_looks_better_on_the_sum_than_it_is(data: st.DataObject, one: Pro
 @given(st.data(), tiny_problems(constraints=True, max_layers=2))
 def test_a_plan_is_legal_if_no_constraint_speaks_up(data: st.DataObject, one: Problem) -> None:
     placed = data.draw(legal_plans(one))
-    broken = [rule for rule in one.constraints if rule.violations(placed, one.cluster)]
-    assert evaluate(one, placed).legal == (not broken)
+    priced = evaluate(one, placed)
+    broken = [r for r in one.constraints if r.violations(placed, one.cluster, priced.rank_tokens)]
+    assert priced.legal == (not broken)
     held = np.zeros_like(one.allowed)
     for layer, row in enumerate(placed.by_rank(placed.slots)):
         for rank, experts in enumerate(row):

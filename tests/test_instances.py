@@ -14,9 +14,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from moeplace.constraints import Forbid, MaxMoves, NodeGroups, Pin
+from moeplace.constraints import (
+    Forbid,
+    MaxMoves,
+    MaxReplicas,
+    NodeGroups,
+    Pin,
+    ReplicaBudget,
+    TokenCapacity,
+)
 from moeplace.errors import FormatError, PlanError, ProblemError
-from moeplace.hardware import Cluster
+from moeplace.hardware import Cluster, Planes
 from moeplace.instances import ASSIGNMENTS, SHAPES, generate, read_instance, write_instance
 from moeplace.loads import LoadHistogram
 from moeplace.plan import Plan
@@ -126,10 +134,20 @@ def test_every_field_of_a_problem_is_written(tmp_path: Path) -> None:
     """A field added to Problem, LoadHistogram or Cluster must reach the file."""
     problem = Problem(
         LoadHistogram(tokens=[[[1, 2.5]], [[3, 4]]], passes=[1, 3], phase="decode"),
-        Cluster.from_speeds([1, 0.5], 2, nodes=2, speed_unit="relative"),
+        replace(
+            Cluster.from_speeds([1, 0.5], 2, nodes=2),
+            planes=Planes(startup=[0.5], activation=[0.25], compute=[1]),
+        ),
         routing="weighted",
-        objective="worst",
-        constraints=[Pin(0, 1), Forbid(1, 0, 0)],
+        objective="cvar",
+        cvar_alpha=0.75,
+        constraints=[
+            Pin(0, 1),
+            Forbid(1, 0, 0),
+            TokenCapacity([3, 4.5]),
+            MaxReplicas(2),
+            ReplicaBudget(4),
+        ],
         base_load=[[[1, 0]], [[0, 2]]],
         layer_weight=[2],
         window_weight=[1, 1],
@@ -145,22 +163,28 @@ def test_every_field_of_a_problem_is_written(tmp_path: Path) -> None:
         "origin": "o",
         "notes": "hello",
         "routing": "weighted",
-        "objective": "worst",
+        "objective": "cvar",
+        "cvar_alpha": 0.75,
         "cluster": {
             "speeds": [1, 0.5],
-            "speed_unit": "relative",
+            "speed_unit": "tokens/s",
             "slots": [2, 2],
             "nodes": [0, 1],
+            "planes": {"startup": [0.5], "activation": [0.25], "compute": [1]},
         },
         "constraints": [
             {"type": "pin", "expert": 0, "rank": 1, "layer": None},
             {"type": "forbid", "expert": 1, "rank": 0, "layer": 0},
+            {"type": "token-capacity", "tokens": [3, 4.5]},
+            {"type": "max-replicas", "limit": 2},
+            {"type": "replica-budget", "total": 4},
         ],
         "base_load": [[[1, 0]], [[0, 2]]],
         "layer_weight": [2],
         "window_weight": [0.5, 0.5],
         "loads": {"phase": "decode", "passes": [1, 3], "tokens": [[[1, 2.5]], [[3, 4]]]},
     }
+    assert read_instance(tmp_path / "x").digest() == problem.digest()
     for part, inside in ((problem, file), (problem.loads, file["loads"])):
         assert {f.name for f in fields(part)} - {"_"} <= set(inside)
     assert {f.name for f in fields(problem.cluster)} <= set(file["cluster"])

@@ -4,9 +4,17 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from moeplace.constraints import Forbid, MaxMoves, NodeGroups, Pin
+from moeplace.constraints import (
+    Forbid,
+    MaxMoves,
+    MaxReplicas,
+    NodeGroups,
+    Pin,
+    ReplicaBudget,
+    TokenCapacity,
+)
 from moeplace.errors import ProblemError
-from moeplace.hardware import Cluster
+from moeplace.hardware import Cluster, Planes
 from moeplace.loads import LoadHistogram
 from moeplace.problem import Problem
 from tests.strategies import plan, problem
@@ -37,7 +45,7 @@ class TestValidation:
         ("change", "message"),
         [
             ({"routing": "random"}, "Routing must be one of even, weighted, got 'random'"),
-            ({"objective": "best"}, "Objective must be one of mean, worst, got 'best'"),
+            ({"objective": "best"}, "Objective must be one of mean, worst, cvar, got 'best'"),
             ({"constraints": ["pin"]}, "Constraints may be Pin.* got str"),
             ({"constraints": [Pin(9, 0)]}, "expert 9"),
             ({"base_load": 1.0}, r"axes \[ranks\]"),
@@ -162,7 +170,25 @@ CHANGES: dict[str, Callable[[Problem], Problem]] = {
     "moves from another plan": lambda p: replace(
         p, constraints=[MaxMoves(plan([[0, 1, 2, 1, -1]] * 2, [2, 3]), total=1)]
     ),
+    "cvar": lambda p: replace(p, objective="cvar"),
+    "cvar of another share": lambda p: replace(p, objective="cvar", cvar_alpha=0.5),
+    "capacity": lambda p: replace(p, constraints=[TokenCapacity(5)]),
+    "another capacity": lambda p: replace(p, constraints=[TokenCapacity([5, 6])]),
+    "few replicas": lambda p: replace(p, constraints=[MaxReplicas(1)]),
+    "few replicas of one": lambda p: replace(p, constraints=[MaxReplicas([1, 2, 2])]),
+    "few replicas in all": lambda p: replace(p, constraints=[ReplicaBudget(7)]),
+    "planes": lambda p: _with_planes(p, [1e-3], [0.0], [1.0]),
+    "other planes": lambda p: _with_planes(p, [1e-3], [1e-4], [1.0]),
 }
+
+
+def _with_planes(one: Problem, *numbers: list[float]) -> Problem:
+    names = ("startup", "activation", "compute")
+    planes = Planes(**dict(zip(names, numbers, strict=True)))
+    loads = replace(one.loads, passes=[1, 1])
+    weight = one.window_weight
+    cluster = replace(one.cluster, planes=planes)
+    return replace(one, loads=loads, cluster=cluster, window_weight=weight)
 
 
 class TestDigest:
@@ -211,6 +237,7 @@ class TestDigest:
             "base_load",
             "layer_weight",
             "window_weight",
+            "cvar_alpha",
         }, "a new field: add a change above"
 
 

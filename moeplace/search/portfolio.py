@@ -84,8 +84,8 @@ class Run:
 
     @cached_property
     def targets(self) -> FloatArray:
-        """Bound [layers] on the makespan of the mean load, on which the search works."""
-        if self.problem.windows == 1:
+        """Bound [layers] on the makespan of the mean load by speeds, on which the search works."""
+        if self.problem.windows == 1 and self.problem.cluster.planes is None:
             return np.asarray(self.bound.per_layer[0])
         return mean_bound(self.problem)
 

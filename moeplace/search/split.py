@@ -5,7 +5,7 @@ import numpy as np
 from moeplace._check import FloatArray, IntArray, frozen, sum_by
 from moeplace.errors import ProblemError
 from moeplace.evaluate import Evaluation, check_fits, evaluate
-from moeplace.plan import Plan
+from moeplace.plan import Plan, by_rank
 from moeplace.problem import Problem
 
 
@@ -57,4 +57,5 @@ def layer_makespan(problem: Problem, layer: int, slots: IntArray) -> FloatArray:
     carried = split[:, 0] * tokens[:, np.maximum(slots, 0)]
     on_rank = np.repeat(np.arange(rank_slots.size), rank_slots)
     total = base + sum_by(carried, on_rank, rank_slots.size)
-    return np.asarray(problem.cluster.seconds(total).max(axis=1))
+    activated = problem.cluster.activated(np.maximum(by_rank(carried, rank_slots), 0.0))
+    return np.asarray(problem.cluster.seconds(total, activated).max(axis=1))
