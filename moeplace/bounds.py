@@ -20,14 +20,16 @@ import numpy as np
 
 from moeplace._check import FloatArray, IntArray, frozen, sum_by
 from moeplace.errors import CertificateError
+from moeplace.evaluate import evaluate
 from moeplace.hardware import Cluster
 from moeplace.loads import LoadHistogram
-from moeplace.plan import EMPTY
 from moeplace.problem import Problem
 
 SLACK = 1e-12
 #: Sources of bounds that a constraint lifts: groups on nodes (a prefix), and few moves.
-NODES, STAY = "nodes: ", "moves"
+NODES, STAY, FEW = "nodes: ", "moves", "few moves"
+#: `FewMoves` is tried for so many moves, with so many nodes of its search for each makespan.
+MOST_MOVES, QUICK = 8, 20_000
 #: Source of bounds by the latency planes.
 PLANES = "planes"
 
@@ -331,6 +333,9 @@ def lower_bound(problem: Problem) -> Bound:
     stay = _stay(problem)
     names = np.where(stay > per_layer, STAY, names)
     per_layer = np.maximum(per_layer, stay)
+    few = few_moves(problem, per_layer)
+    names = np.where(few > per_layer, FEW, names)
+    per_layer = few
     alone, shared = problem.total(per_layer), _shared_moves(problem, per_layer)
     return Bound(
         per_layer=per_layer, source=names, total=max(alone, shared), coupled=shared > alone
@@ -388,6 +393,11 @@ def recompute(problem: Problem, bound: Bound) -> None:
         place = f"window {window}, layer {layer}"
         if name == STAY:
             holds = bool(claim <= stay[window, layer] * (1 + SLACK))
+        elif name == FEW and problem.max_moves is not None and problem.routing == "even":
+            from moeplace.moves_bound import FewMoves
+
+            case = FewMoves(problem, window, layer)
+            holds = case.refutes(int(_move_budget(problem)[layer]), claim * (1 - 1e-11))
         elif name == PLANES and problem.cluster.planes is not None:
             holds = bool(planes(problem, window, np.array([layer]), np.array([claim]))[0])
         else:
@@ -518,44 +528,49 @@ def _planes_bound(problem: Problem, start: FloatArray) -> FloatArray:
     return value
 
 
-def _stay_curve(problem: Problem, window: int, layer: int) -> FloatArray:
-    """Bound [experts + 1] on the makespan if 0, 1, 2, ... copies are received.
-
-    Any routing. Proof: let X be some ranks. An expert whose replicas all lie on X, and of which
-    no copy is received, still lies wholly on X. So with M copies received X carries its base
-    load and the loads of all such experts but at most M of them, at least all but the M
-    largest. The sets tried are the n slowest ranks under the current plan, for every n.
-    """
-    assert problem.max_moves is not None
-    plan, speeds = problem.max_moves.current, problem.cluster.speeds
-    load, base = problem.tokens[window, layer], problem.base[window, layer]
-    held = plan.slots[layer] != EMPTY
-    expert, rank = plan.slots[layer, held], plan.rank_of_slot[held]
-    share = load[expert] / plan.replicas[layer, expert]
-    carried = base + np.bincount(rank, weights=share, minlength=speeds.size)
-    order = np.argsort(-carried / speeds, kind="stable")
-    place = np.empty_like(order)
-    place[order] = np.arange(order.size)
-    last = np.zeros(load.size, dtype=np.int64)
-    np.maximum.at(last, expert, place[rank])
-    inside = np.where(last <= np.arange(order.size)[:, None], load, 0.0)  # [sets, experts]
-    gone = np.cumsum(-np.sort(-inside, axis=1), axis=1)
-    left = np.maximum(inside.sum(axis=1)[:, None] - np.insert(gone, 0, 0.0, axis=1), 0.0)
-    tokens = left * (1 - SLACK) + base[order].cumsum()[:, None]
-    return np.asarray((tokens / speeds[order].cumsum()[:, None]).max(axis=0) * (1 - SLACK))
-
-
 def _stay(problem: Problem) -> FloatArray:
-    """`_stay_curve` at each layer's own budget of moves [windows, layers]."""
-    assert problem.max_moves is not None
-    rules, experts = problem.max_moves, problem.experts
-    budget = rules.allowance()
-    if rules.total is not None:
-        budget = np.minimum(budget, rules.total)
+    """`stay_curve` at each layer's own budget of moves [windows, layers]."""
+    from moeplace.moves_bound import stay_curve
+
+    budget = _move_budget(problem)
     value = np.empty((problem.windows, problem.layers))
     for window, layer in np.ndindex(value.shape):
-        curve = _stay_curve(problem, window, layer)
-        value[window, layer] = curve[min(int(budget[layer]), experts)]
+        curve = stay_curve(problem, window, layer, SLACK)
+        value[window, layer] = curve[min(int(budget[layer]), problem.experts)]
+    return value
+
+
+def _move_budget(problem: Problem) -> IntArray:
+    """Copies that each layer may receive [layers]."""
+    rules = problem.max_moves
+    assert rules is not None
+    budget = rules.allowance()
+    return budget if rules.total is None else np.minimum(budget, rules.total)
+
+
+def few_moves(
+    problem: Problem, per_layer: FloatArray, high: FloatArray | None = None, nodes: int = QUICK
+) -> FloatArray:
+    """Bounds [windows, layers] lifted by `FewMoves`; `high` are makespans known to be possible.
+
+    Without them, those of the current plan (which a broken rule may exclude: still a limit of
+    the search only).
+    """
+    value = per_layer.copy()
+    if problem.max_moves is None or problem.routing != "even":
+        return value
+    if high is None:
+        high = evaluate(problem, problem.max_moves.current.with_split(None)).makespan
+    from moeplace.moves_bound import FewMoves  # compiled
+
+    budget = _move_budget(problem)
+    for window, layer in np.argwhere(high > per_layer * (1 + 1e-6)):
+        if budget[layer] <= MOST_MOVES:
+            case = FewMoves(problem, window, layer)
+            low = float(per_layer[window, layer])
+            value[window, layer] = case.bound(
+                int(budget[layer]), low, float(high[window, layer]), nodes
+            )
     return value
 
 
@@ -570,11 +585,13 @@ def _shared_moves(problem: Problem, per_layer: FloatArray) -> float:
     assert rules is not None
     if rules.total is None or problem.windows > 1:
         return 0.0
+    from moeplace.moves_bound import stay_curve
+
     total, saved = rules.total, []
     start = np.empty(problem.layers)
     for layer in range(problem.layers):
         most = min(int(rules.allowance()[layer]), problem.experts)
-        curve = np.maximum(_stay_curve(problem, 0, layer)[: most + 1], per_layer[0, layer])
+        curve = np.maximum(stay_curve(problem, 0, layer, SLACK)[: most + 1], per_layer[0, layer])
         start[layer] = curve[0]
         at = 0
         while at < most:

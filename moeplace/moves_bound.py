@@ -1,0 +1,221 @@
+"""Lower bounds under a budget of moves: what few received copies cannot mend.
+
+Two arguments. `stay_curve`: experts that receive nothing stay within their ranks (any routing).
+`FewMoves`: exhaustive over what experts with several replicas can do (even routing), in whole
+numbers, by a compiled depth-first search; `bounds.recompute` runs the search again.
+"""
+
+import numpy as np
+from numba import njit
+
+from moeplace._check import FloatArray
+from moeplace.plan import EMPTY
+from moeplace.problem import Problem
+
+#: Experts with more replicas than this are left out of the search.
+MOST_COPIES = 6
+#: Nodes of the search when a bound is checked again.
+THOROUGH = 2_000_000_000
+#: Tokens are multiplied to whole numbers of this size for the busiest rank.
+GRID = float(1 << 44)
+
+
+def stay_curve(problem: Problem, window: int, layer: int, slack: float) -> FloatArray:
+    """Bound [experts + 1] on the makespan if 0, 1, 2, ... copies are received.
+
+    Any routing. Proof: let X be some ranks. An expert whose replicas all lie on X, and of which
+    no copy is received, still lies wholly on X. So with M copies received X carries its base
+    load and the loads of all such experts but at most M of them, at least all but the M
+    largest. The sets tried are the n slowest ranks under the current plan, for every n.
+    """
+    assert problem.max_moves is not None
+    plan, speeds = problem.max_moves.current, problem.cluster.speeds
+    load, base = problem.tokens[window, layer], problem.base[window, layer]
+    held = plan.slots[layer] != EMPTY
+    expert, rank = plan.slots[layer, held], plan.rank_of_slot[held]
+    share = load[expert] / plan.replicas[layer, expert]
+    carried = base + np.bincount(rank, weights=share, minlength=speeds.size)
+    order = np.argsort(-carried / speeds, kind="stable")
+    place = np.empty_like(order)
+    place[order] = np.arange(order.size)
+    last = np.zeros(load.size, dtype=np.int64)
+    np.maximum.at(last, expert, place[rank])
+    inside = np.where(last <= np.arange(order.size)[:, None], load, 0.0)  # [sets, experts]
+    gone = np.cumsum(-np.sort(-inside, axis=1), axis=1)
+    left = np.maximum(inside.sum(axis=1)[:, None] - np.insert(gone, 0, 0.0, axis=1), 0.0)
+    tokens = left * (1 - slack) + base[order].cumsum()[:, None]
+    return np.asarray((tokens / speeds[order].cumsum()[:, None]).max(axis=0) * (1 - slack))
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _excludes(load, hold, holders, start, cap, single, singles, moves, limit):  # type: ignore[no-untyped-def]
+    """1 if no choice of options keeps every rank within `cap`, 0 if one does, -1 if undecided.
+
+    Options of an expert: (received, kept ranks as bits), in that order.
+    """
+    ranks = start.size
+    experts = load.size
+    carried = start.copy()
+    need = np.zeros(ranks, dtype=np.int64)
+    total = 0
+    for g in range(ranks):
+        x = carried[g]
+        while x > cap[g] and need[g] < singles[g]:
+            x -= single[g, need[g]]
+            need[g] += 1
+        if x > cap[g]:
+            return 1
+        total += need[g]
+    if total > moves:
+        return 1
+    if experts == 0:
+        return 0
+    most = cap.max()
+    fewest = np.ones(experts, dtype=np.int64)  # replicas that are not larger than any rank's room
+    for e in range(experts):
+        while load[e] // fewest[e] > most:
+            fewest[e] += 1
+    option = np.full(experts, -1)
+    share = np.zeros(experts, dtype=np.int64)
+    spent = np.zeros(experts, dtype=np.int64)  # copies received by experts above
+    needed = np.zeros(experts, dtype=np.int64)  # experts of one replica that must leave so far
+    needed[0] = total
+    before = np.zeros((experts, hold.shape[1]), dtype=np.int64)
+    depth = 0
+    nodes = 0
+    while depth >= 0:
+        count = holders[depth]
+        if option[depth] >= 0:
+            for i in range(count):
+                g = hold[depth, i]
+                if option[depth] >> i & 1:
+                    carried[g] -= share[depth]
+                need[g] = before[depth, i]
+        while True:
+            option[depth] += 1
+            received = option[depth] >> count
+            kept = 0
+            for i in range(count):
+                kept += option[depth] >> i & 1
+            if received > fewest[depth] or spent[depth] + needed[depth] + received > moves:
+                option[depth] = -1
+                break
+            # so many received copies need no kept ones
+            if kept + received >= fewest[depth] and (received < fewest[depth] or kept == 0):
+                break
+        if option[depth] < 0:
+            depth -= 1
+            continue
+        nodes += 1
+        if nodes > limit:
+            return -1
+        share[depth] = load[depth] // (kept + received)
+        total = needed[depth]
+        used = spent[depth] + received
+        fits = True
+        for i in range(count):
+            g = hold[depth, i]
+            before[depth, i] = need[g]
+            if option[depth] >> i & 1:
+                carried[g] += share[depth]
+        for i in range(count):
+            g = hold[depth, i]
+            x = carried[g]
+            n = need[g]
+            for k in range(n):
+                x -= single[g, k]
+            while x > cap[g] and n < singles[g]:
+                x -= single[g, n]
+                n += 1
+            total += n - need[g]
+            need[g] = n
+            if x > cap[g] or used + total > moves:
+                fits = False
+                break
+        if not fits:
+            continue
+        if depth == experts - 1:
+            return 0
+        depth += 1
+        spent[depth] = used
+        needed[depth] = total
+    return 1
+
+
+class FewMoves:
+    """One layer in one window: whether a makespan needs more received copies than are allowed.
+
+    Even routing, latency of any kind that is at least tokens / speed. Proof: take a plan within
+    T. Each expert e with several replicas today keeps some of them and receives m: with n left in
+    all, each kept rank carries w_e / n, an option out of finitely many; what it receives lies
+    elsewhere and is left out. An expert with one replica either receives nothing and stays, or
+    receives at least one copy and takes at most its whole load away. So for the options taken,
+    each rank that would carry more than it can within T must lose experts of one replica, at
+    least as many as if the largest left first; these and the copies received in options are at
+    most M. If no choice of options satisfies that, there is no plan. Loads are rounded down to
+    whole numbers and room is too, so that sums are exact: a relaxation.
+
+    Experts with more than `MOST_COPIES` replicas are left out, which relaxes further.
+    """
+
+    def __init__(self, problem: Problem, window: int, layer: int) -> None:
+        rules = problem.max_moves
+        assert rules is not None
+        row, rank = rules.current.slots[layer], rules.current.rank_of_slot
+        load, base = problem.tokens[window, layer], problem.base[window, layer]
+        self.speeds, self.capacity = problem.cluster.speeds, problem.capacity
+        total = float(load.sum() + base.sum())
+        self.scale = GRID / total if total > 0 else 1.0
+        whole = np.floor(load * self.scale).astype(np.int64)
+        self.carried = np.floor(base * self.scale).astype(np.int64)
+        held: list[list[int]] = [[] for _ in range(load.size)]
+        for expert, at in zip(row.tolist(), rank.tolist(), strict=True):
+            if expert != EMPTY and at not in held[expert]:
+                held[expert].append(at)
+        single: list[list[int]] = [[] for _ in range(problem.ranks)]
+        several = []
+        for expert, ranks in enumerate(held):
+            tokens = int(whole[expert])
+            if len(ranks) == 1:
+                single[ranks[0]].append(tokens)
+                self.carried[ranks[0]] += tokens
+            elif len(ranks) <= MOST_COPIES:
+                several.append((tokens, ranks))
+        several.sort(key=lambda pair: -pair[0] // len(pair[1]))
+        self.load = np.array([tokens for tokens, _ in several], dtype=np.int64)
+        self.holders = np.array([len(ranks) for _, ranks in several], dtype=np.int64)
+        self.hold = np.zeros((len(several), MOST_COPIES), dtype=np.int64)
+        for n, (_, ranks) in enumerate(several):
+            self.hold[n, : len(ranks)] = ranks
+        self.singles = np.array([len(mine) for mine in single])
+        self.single = np.zeros((problem.ranks, max(int(self.singles.max()), 1)), dtype=np.int64)
+        for at, mine in enumerate(single):
+            self.single[at, : len(mine)] = sorted(mine, reverse=True)
+
+    def refutes(self, moves: int, seconds: float, nodes: int = THOROUGH) -> bool:
+        """Whether no plan that receives at most `moves` copies ends within `seconds`.
+
+        False also if that is not decided within so many nodes.
+        """
+        room = np.minimum(seconds * self.speeds, self.capacity) * self.scale * (1 + 1e-12)
+        cap = np.floor(np.minimum(room, GRID * 4)).astype(np.int64)
+        answer = _excludes(
+            self.load, self.hold, self.holders, self.carried, cap, self.single, self.singles,
+            moves, nodes,
+        )  # fmt: skip
+        return bool(answer == 1)
+
+    def bound(self, moves: int, low: float, high: float, nodes: int) -> float:
+        """Largest makespan that `refutes` excludes, by bisection from `low` (returned if none).
+
+        The search goes up to `high`.
+        """
+        if not self.refutes(moves, low * (1 + 1e-9), nodes):
+            return low
+        while high - low > 1e-7 * low:
+            middle = 0.5 * (low + high)
+            if self.refutes(moves, middle, nodes):
+                low = middle
+            else:
+                high = middle
+        return low
