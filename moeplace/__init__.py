@@ -20,7 +20,7 @@ from moeplace.errors import (
     SolverError,
 )
 from moeplace.evaluate import Evaluation, evaluate
-from moeplace.formats import read_plan, write_plan
+from moeplace.formats import read_loads, read_plan, write_plan
 from moeplace.hardware import Cluster
 from moeplace.instances import read_instance, write_instance
 from moeplace.loads import LoadHistogram
@@ -59,6 +59,7 @@ __all__ = [
     "instances",
     "lower_bound",
     "read_instance",
+    "read_loads",
     "read_plan",
     "recompute",
     "resplit",
