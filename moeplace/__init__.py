@@ -9,6 +9,7 @@ from moeplace import instances
 from moeplace.bounds import Bound, lower_bound, recompute
 from moeplace.compare import compare
 from moeplace.constraints import Forbid, MaxMoves, NodeGroups, Pin
+from moeplace.diagnose import Finding, diagnose
 from moeplace.errors import (
     CertificateError,
     FormatError,
@@ -20,6 +21,7 @@ from moeplace.errors import (
     SolverError,
 )
 from moeplace.evaluate import Evaluation, evaluate
+from moeplace.expert_bytes import expert_bytes
 from moeplace.formats import read_loads, read_plan, write_plan
 from moeplace.hardware import Cluster
 from moeplace.instances import read_instance, write_instance
@@ -36,6 +38,7 @@ __all__ = [
     "CertificateError",
     "Cluster",
     "Evaluation",
+    "Finding",
     "Forbid",
     "FormatError",
     "Limits",
@@ -55,7 +58,9 @@ __all__ = [
     "SolverError",
     "Status",
     "compare",
+    "diagnose",
     "evaluate",
+    "expert_bytes",
     "instances",
     "lower_bound",
     "read_instance",

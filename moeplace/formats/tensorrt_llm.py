@@ -10,6 +10,7 @@ Keys are the model's layer numbers. A MoE layer without a key, also one of multi
 stops TensorRT-LLM with a KeyError; 0 updates keep the placement static.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,16 @@ def read(path: PathLike, *, ranks: int | None = None) -> Plan:
                 f"{path}: {place} has {len(row)} slots but {SLOTS} is {slots}: every layer needs "
                 "as many. Correct that row."
             )
-    rows = [table[layer] for layer in sorted(table)]
+    layers = sorted(table)
+    apart = [after - before for before, after in pairwise(layers)]
+    if apart and max(apart) != min(apart):
+        gap = apart.index(max(apart))
+        raise FormatError(
+            f"{path}: {ROWS} has the layers {layers[gap]} and {layers[gap + 1]} but none between, "
+            f"while others are {min(apart)} apart: TensorRT-LLM stops at a MoE layer without a "
+            "row. Add it."
+        )
+    rows = [table[layer] for layer in layers]
     check_rows(path, rows, ROWS)
     return plan_of_rows(path, np.asarray(rows), ranks)
 

@@ -139,15 +139,15 @@ def inspect(
         raw = FORMATS[name](path, Ask(windows, experts, progress))
     except MemoryError as cause:
         raise FormatError(f"{path}: does not fit in memory. Ask for fewer windows.") from cause
-    phase = _one(path, "phase", raw.phase, phase)
-    passes = _one(path, "passes", raw.passes, passes)
+    said: Any = _one(path, "phase", raw.phase, phase) or "mixed"
     try:
-        tokens = _layers(LoadHistogram(tokens=raw.tokens).tokens, layers)
-        if passes is not None and np.ndim(passes) == 0:
-            passes = np.full(len(tokens), float(passes))
-        loads = LoadHistogram(tokens=tokens, passes=passes, phase=phase or "mixed")
+        held = LoadHistogram(tokens=raw.tokens, passes=raw.passes)
     except ProblemError as error:
         raise FormatError(f"{path}: {error}") from error
+    passes = _one(path, "passes", held.passes, passes)
+    if passes is not None and np.ndim(passes) == 0:
+        passes = np.full(held.windows, passes)
+    loads = LoadHistogram(tokens=_layers(held.tokens, layers), passes=passes, phase=said)
     if windows is not None and loads.windows != windows:
         loads = loads.regimes(window_of(loads.windows, windows, path, "windows").tolist())
     return Read(loads, name, detected, raw.notes)
