@@ -30,7 +30,7 @@ NAMES: tuple[str, ...] = get_args(Name)
 #: Poisson count, whichever is more: sampled and synthetic loads do.
 TOTALS_APART, DEVIATIONS = 0.01, 6.0
 #: Numbers that must agree before a coincidence (of parts of a half, of multiples) is a finding.
-WITNESSES = 30
+WITNESSES = 20
 #: A spike: this many times the load of the next expert, from experts this much alike, whose number
 #: is the same in this share of the layers.
 SPIKE, ALIKE, LAYERS = 2.0, 1.2, 0.5

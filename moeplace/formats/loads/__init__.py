@@ -144,9 +144,9 @@ def inspect(
         held = LoadHistogram(tokens=raw.tokens, passes=raw.passes)
     except ProblemError as error:
         raise FormatError(f"{path}: {error}") from error
-    passes = _one(path, "passes", held.passes, passes)
     if passes is not None and np.ndim(passes) == 0:
         passes = np.full(held.windows, passes)
+    passes = _one(path, "passes", held.passes, passes)
     loads = LoadHistogram(tokens=_layers(held.tokens, layers), passes=passes, phase=said)
     if windows is not None and loads.windows != windows:
         loads = loads.regimes(window_of(loads.windows, windows, path, "windows").tolist())
