@@ -21,8 +21,9 @@ import numpy.typing as npt
 from moeplace._files import PathLike, reading, write_bytes
 from moeplace.errors import FormatError
 
-#: The most numbers that an array read as a whole may have (1 GiB as float64).
-MAX_ENTRIES = 1 << 27
+#: The most numbers that an array read as a whole may have (256 MiB as float64), e.g. 2,000
+#: windows of 58 layers x 256 experts; and the most layers that a model may have.
+MAX_ENTRIES, MAX_LAYERS = 1 << 25, 1 << 12
 #: Bytes read at a time.
 CHUNK = 1 << 22
 MAGIC = b"\x93NUMPY"
@@ -33,10 +34,14 @@ _ZIP = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, struct.error)
 class Array:
     """An open array: its header, and its entries still to be read."""
 
-    def __init__(self, path: PathLike, name: str, stream: IO[bytes], size: int) -> None:
+    def __init__(
+        self, path: PathLike, name: str, stream: IO[bytes], size: int, packing: float = 1.0
+    ) -> None:
         self.path, self.name = path, name
         self.place = f"{path}: " + (f"{name} " if name else "")
         self._stream = stream
+        #: Bytes of the array for each byte of the file.
+        self.packing = packing
         self.shape, self.fortran, self.dtype = self._header()
         self.entries = math.prod(self.shape)
         held = size - self._start
@@ -177,7 +182,8 @@ class Archive:
                 "with numpy.savez_compressed."
             )
         with self._file.open(info) as stream:
-            yield Array(self.path, name, stream, info.file_size)
+            packing = info.file_size / max(1, info.compress_size)
+            yield Array(self.path, name, stream, info.file_size, packing)
 
     def array(self, name: str) -> npt.NDArray[Any]:
         """The whole array of that name."""

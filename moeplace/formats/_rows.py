@@ -8,11 +8,12 @@ import numpy as np
 from moeplace._check import IntArray, first
 from moeplace._files import PathLike
 from moeplace.errors import FormatError, PlanError
-from moeplace.formats._npy import MAX_ENTRIES
 from moeplace.plan import EMPTY, Plan
 
 #: The largest number that a slot or layer of a file may have.
 HIGH = 1 << 20
+#: The most slots that all layers of a plan may have together.
+MAX_SLOTS = 1 << 24
 
 
 def check_writable(plan: Plan, engine: str, *, duplicates: bool = False) -> None:
@@ -96,8 +97,8 @@ def check_rows(path: PathLike, rows: Sequence[Sequence[int]], place: str) -> int
                 f"{path}: {place}[{i}] has {len(row)} slots but {place}[0] has {len(rows[0])}: "
                 "every layer needs as many, and at least one. Correct that row."
             )
-    if len(rows) * len(rows[0]) > MAX_ENTRIES:
-        raise FormatError(f"{path}: {place} has more than {MAX_ENTRIES:,} slots. Check the file.")
+    if len(rows) * len(rows[0]) > MAX_SLOTS:
+        raise FormatError(f"{path}: {place} has more than {MAX_SLOTS:,} slots. Check the file.")
     return len(rows[0])
 
 
@@ -121,6 +122,11 @@ def plan_of_rows(path: PathLike, rows: Any, ranks: int | None) -> Plan:
 def plan_of(path: PathLike, rows: Any, rank_slots: list[int], experts: int | None = None) -> Plan:
     """A plan from a file; whatever rule it breaks becomes a FormatError."""
     rows = np.asarray(rows)
+    if rows.size > MAX_SLOTS:
+        raise FormatError(
+            f"{path}: has {rows.size:,} slots: more than the {MAX_SLOTS:,} that a plan may have. "
+            "Check the file."
+        )
     high = int(rows.max())
     if experts is None and high >= rows.shape[1]:
         layer, slot = first(rows == high)

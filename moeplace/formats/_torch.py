@@ -1,6 +1,8 @@
 """Files of torch.save, without running what is in them; torch is imported when needed."""
 
 import io
+import pickletools
+import struct
 import warnings
 import zipfile
 from pathlib import Path
@@ -13,8 +15,17 @@ from moeplace._files import PathLike, write_bytes
 from moeplace.errors import FormatError, MissingExtraError
 from moeplace.formats._npy import MAX_ENTRIES, guarded
 
-#: The most bytes that a file's tensors may have together.
-MAX_BYTES = 4 << 30
+#: The most bytes that a file's tensors may have together, and a key or name.
+MAX_BYTES, MAX_TEXT = 4 << 30, 1000
+#: Pickle's ways to name a callable, and the names that dense tensors use.
+_CALLS = {"GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"}
+_STORAGES = "Float Double Half BFloat16 Byte Char Short Int Long Bool ComplexFloat ComplexDouble"
+_TENSORS = {
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor_v2",
+    *(f"torch {kind}Storage" for kind in _STORAGES.split()),
+    "torch.storage UntypedStorage",
+}
 
 
 def _torch() -> Any:
@@ -45,13 +56,19 @@ def load(path: PathLike) -> Any:
                 "with a current torch, or convert it to .npz."
             )
         with zipfile.ZipFile(Path(path)) as file:
-            size = sum(info.file_size for info in file.infolist())
-            packed = any(info.compress_type != zipfile.ZIP_STORED for info in file.infolist())
-        if packed or size > MAX_BYTES:
-            raise FormatError(
-                f"{path}: holds {size:,} bytes{' compressed' if packed else ''}: torch.save does "
-                f"not compress, and {MAX_BYTES:,} are the limit. Save it again, or in parts."
-            )
+            members = file.infolist()
+            size = sum(info.file_size for info in members)
+            packed = any(info.compress_type != zipfile.ZIP_STORED for info in members)
+            if packed or size > MAX_BYTES:
+                raise FormatError(
+                    f"{path}: holds {size:,} bytes{' compressed' if packed else ''}: torch.save "
+                    f"does not compress, and {MAX_BYTES:,} are the limit. Save it again, or in "
+                    "parts."
+                )
+            for info in members:
+                if info.filename.lower().endswith("data.pkl"):
+                    with file.open(info) as stream:
+                        _check_pickle(path, stream.read())
     torch = _torch()
     try:
         with warnings.catch_warnings():
@@ -62,15 +79,34 @@ def load(path: PathLike) -> Any:
             f"{path}: claims more memory than there is. Check that it is the right file."
         ) from None
     except Exception as cause:  # torch raises whatever its parts do
-        text = str(cause)
-        if "weights only" in text.lower() or "unsupported" in text.lower():
-            raise FormatError(
-                f"{path}: holds more than tensors and plain values: loading it could run code, so "
-                "it is refused. Save plain tensors with torch.save."
-            ) from cause
         raise FormatError(
             f"{path}: torch cannot load it ({type(cause).__name__}). Write or copy it again."
         ) from cause
+
+
+def _check_pickle(path: PathLike, data: bytes) -> None:
+    """Refuse what plain tensors do not need, before torch reads it.
+
+    `weights_only` would refuse code as well; but what torch then says of a long name takes it
+    minutes to put together.
+    """
+    try:
+        for operation, value, _ in pickletools.genops(data):
+            if operation.name in _CALLS and value not in _TENSORS:
+                raise FormatError(
+                    f"{path}: holds more than tensors and plain values ({str(value)[:60]!r}): "
+                    "loading it could run code, so it is refused. Save plain tensors with "
+                    "torch.save."
+                )
+            if isinstance(value, str | bytes) and len(value) > MAX_TEXT:
+                raise FormatError(
+                    f"{path}: holds a text of {len(value):,} characters: keys and names are at "
+                    f"most {MAX_TEXT}. Check that it is the right file."
+                )
+    except FormatError:
+        raise
+    except (ValueError, IndexError, struct.error) as cause:
+        raise FormatError(f"{path}: holds a broken pickle. Write or copy it again.") from cause
 
 
 def array(path: PathLike, value: Any, place: str, axes: tuple[str, ...]) -> npt.NDArray[Any]:

@@ -56,7 +56,9 @@ def read(path: PathLike, *, ranks: int | None = None) -> Plan:
         )
     plan = plan_of_rows(path, rows, ranks)
     if plan.replicas.size * int(plan.replicas.max()) > MAX_ENTRIES:
-        raise FormatError(f"{path}: log2phy would be too large. Write it again.")
+        raise FormatError(
+            f"{path}: log2phy would have more than {MAX_ENTRIES:,} entries. Check the file."
+        )
     _, slots_of, counts = _triple(plan)
     _check(path, "logcnt", found["logcnt"], counts, ("layer", "expert"))
     given = found["log2phy"]

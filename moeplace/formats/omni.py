@@ -6,11 +6,11 @@ ascending order. A rank may hold fewer experts in some layers; then its last slo
 
 import numpy as np
 
-from moeplace._check import first
+from moeplace._check import first, where
 from moeplace._files import PathLike
 from moeplace.errors import FormatError, PlanError
 from moeplace.formats._npy import npy, write_npy
-from moeplace.formats._rows import check_duplicates, plan_of
+from moeplace.formats._rows import MAX_SLOTS, check_duplicates, plan_of
 from moeplace.plan import EMPTY, Plan
 
 WRITES: frozenset[str] = frozenset()
@@ -48,27 +48,33 @@ def read(path: PathLike, *, slots: int | None = None) -> Plan:
             )
         held = array.whole()
     if ((held != 0) & (held != 1)).any():
-        rank, layer, expert = first((held != 0) & (held != 1))
+        place = first((held != 0) & (held != 1))
         raise FormatError(
-            f"{path}: holds {held[rank, layer, expert]} at rank {rank}, layer {layer}, expert "
-            f"{expert}: entries are 0 or 1. Correct it."
+            f"{path}: holds {held[place]} at {where(place, ('rank', 'layer', 'expert'))}: entries "
+            "are 0 or 1. Correct it."
         )
     ranks, layers, experts = held.shape
-    most = held.astype(np.bool_).sum(axis=2).max(axis=1)
+    count = held.sum(axis=2, dtype=np.int64)
+    most = count.max(axis=1)
     if slots is not None:
         if (most > slots).any():
-            (rank,) = first(most > slots)
+            (over,) = first(most > slots)
             raise FormatError(
-                f"{path}: rank {rank} holds {most[rank]} experts in a layer, more than the {slots} "
+                f"{path}: rank {over} holds {most[over]} experts in a layer, more than the {slots} "
                 "slots it is said to have. Correct slots."
             )
         most[:] = slots
+    if layers * int(most.sum()) > MAX_SLOTS:
+        raise FormatError(
+            f"{path}: has {layers:,} layers of {most.sum():,} slots: more than the {MAX_SLOTS:,} "
+            "that a plan may have. Check the order of its axes."
+        )
     rows = np.full((layers, int(most.sum())), EMPTY)
     starts = np.cumsum(most) - most
-    for rank in range(ranks):
-        for layer in range(layers):
-            here = np.flatnonzero(held[rank, layer])
-            rows[layer, starts[rank] : starts[rank] + len(here)] = here
+    layer, rank, expert = np.nonzero(held.swapaxes(0, 1))
+    before = np.cumsum(count.T).reshape(layers, ranks) - count.T  # in earlier layers and ranks
+    nth = np.arange(len(expert)) - before[layer, rank]
+    rows[layer, starts[rank] + nth] = expert
     if rows.size == 0:
         raise FormatError(f"{path}: places no expert at all. Write it again.")
     return plan_of(path, rows, most.tolist(), experts)

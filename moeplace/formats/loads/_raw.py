@@ -9,7 +9,7 @@ import numpy as np
 from moeplace._check import FloatArray, IntArray
 from moeplace._files import PathLike
 from moeplace.errors import FormatError
-from moeplace.formats._npy import MAX_ENTRIES
+from moeplace.formats._npy import MAX_ENTRIES, MAX_LAYERS
 from moeplace.loads import Phase
 
 #: Called with (done, total) while a long file is read.
@@ -47,9 +47,10 @@ def window_of(count: int, windows: int, path: PathLike, what: str) -> IntArray:
 
 def empty(path: PathLike, windows: int, layers: int, experts: int) -> FloatArray:
     """Zeros [windows, layers, experts], or FormatError if that would be too large."""
-    if windows * layers * experts > MAX_ENTRIES:
+    if windows * layers * experts > MAX_ENTRIES or layers > MAX_LAYERS:
         raise FormatError(
             f"{path}: {windows:,} windows x {layers:,} layers x {experts:,} experts are more than "
-            f"the {MAX_ENTRIES:,} loads that fit in memory. Ask for fewer windows (windows=1)."
+            f"the {MAX_ENTRIES:,} loads (in {MAX_LAYERS:,} layers) that are read. Ask for fewer "
+            "windows (windows=1)."
         )
     return np.zeros((windows, layers, experts))

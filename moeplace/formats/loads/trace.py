@@ -14,13 +14,15 @@ import numpy.typing as npt
 
 from moeplace._files import PathLike, reading
 from moeplace.errors import FormatError
-from moeplace.formats._npy import MAGIC, Array, npy, npz
+from moeplace.formats._npy import MAGIC, MAX_LAYERS, Array, npy, npz
 from moeplace.formats.loads._raw import Ask, Raw, empty, window_of
 
 #: The largest expert id that a trace may hold.
 MAX_EXPERT = 1 << 15
 #: The most ids that a trace may have: days of serving, minutes of reading.
 MAX_IDS = 1 << 37
+#: What packs better than this, and has more ids than that, is no trace.
+MAX_PACKING, LONG = 100, 1 << 30
 
 
 def read(path: PathLike, ask: Ask) -> Raw:
@@ -58,11 +60,18 @@ def _count(array: Array, ask: Ask) -> Raw:
             f"{array.place}has {array.dtype} entries of shape {array.shape}: a trace has integer "
             "ids [tokens, layers, k]. Save it so, or name another format."
         )
-    if array.entries > MAX_IDS:
+    total, layers, k = array.shape
+    if array.entries > MAX_IDS or layers > MAX_LAYERS or k > MAX_EXPERT:
         raise FormatError(
-            f"{array.place}has {array.entries:,} ids: the limit is {MAX_IDS:,}. Split the file."
+            f"{array.place}has {array.entries:,} ids of shape {array.shape}: the limits are "
+            f"{MAX_IDS:,} ids, {MAX_LAYERS:,} layers, top-{MAX_EXPERT:,}. Check the order of its "
+            "axes, or split the file."
         )
-    total, layers, _ = array.shape
+    if array.packing > MAX_PACKING and array.entries > LONG:
+        raise FormatError(
+            f"{array.place}unpacks to {array.packing:,.0f} times its size, {array.entries:,} ids: "
+            f"no router's choices pack more than {MAX_PACKING} times. Check that it is a trace."
+        )
     windows = ask.windows or 1
     if total < windows:
         window_of(total, windows, array.path, "tokens")
@@ -79,7 +88,7 @@ def _count(array: Array, ask: Ask) -> Raw:
         done += len(ids)
         if ask.progress is not None:
             ask.progress(done, total)
-    notes = [f"{total:,} tokens, top-{array.shape[2]}"]
+    notes = [f"{total:,} tokens, top-{k}"]
     if ask.experts is None:
         notes.append(
             f"experts: {counts.shape[2]}, the largest id + 1; say how many there are (experts=) "

@@ -107,7 +107,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "a list": ([1], "holds list, expected"),
     "flat counts": ({"logical_count": torch.ones(3)}, r"logical_count has the shape \(3,\)"),
     "no tensor": ({"logical_count": [[[1]]]}, "logical_count is list, expected a tensor"),
-    "sparse": ({"logical_count": torch.ones(1, 1, 1).to_sparse()}, "sparse, quantised or complex"),
+    "sparse": (
+        {"logical_count": torch.ones(1, 1, 1).to_sparse()},
+        "holds more than tensors and plain",
+    ),
     "complex": ({"logical_count": torch.ones(1, 1, 1) * 1j}, "sparse, quantised or complex"),
     "expanded": (
         {"logical_count": torch.ones(1).expand(1, 10**6, 10**6)},
