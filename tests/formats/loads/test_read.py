@@ -2,13 +2,16 @@
 
 import json
 import logging
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from moeplace.errors import FormatError, ProblemError
+from moeplace.errors import FormatError, MissingExtraError, ProblemError
 from moeplace.formats.loads import FORMATS, detect, inspect, read_loads
 from moeplace.formats.loads.binary import write
 from moeplace.loads import LoadHistogram
@@ -199,3 +202,19 @@ def test_written_loads_read_back_the_same(tmp_path: Path) -> None:
         assert (back.tokens == loads.tokens).all()
         assert back.phase == "decode"
         assert (back.passes is None) == (passes is None)
+
+
+def test_torch_is_asked_for_only_where_it_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as file:
+        file.writestr("archive/data.pkl", b"\x80\x02}.")
+    with pytest.raises(MissingExtraError, match=r"pip install 'moeplace\[torch\]'"):
+        read_loads(tmp_path / "x.pt")
+
+
+def test_importing_moeplace_loads_none_of_what_files_need() -> None:
+    code = "import moeplace, sys; print([m for m in ('torch', 'yaml', 'safetensors') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert run.stdout == "[]\n"
