@@ -22,8 +22,11 @@ from moeplace._check import FloatArray, IntArray
 from moeplace.errors import FormatError, MoeplaceError
 
 PathLike = str | os.PathLike[str]
-#: The longest file that is read as a whole.
-MAX_BYTES = 256 << 20
+#: The longest file that is read as a whole, and the most values that a text may list: a thousand
+#: windows of 58 layers x 256 experts. Python's lists of them take half a GiB.
+MAX_BYTES, MAX_VALUES = 256 << 20, 1 << 24
+#: Longer files are not read again to show the value that is wrong.
+SHOWN = 16 << 20
 T = TypeVar("T")
 
 _NESTED: dict[int, Any] = {1: list[float], 2: list[list[float]], 3: list[list[list[float]]]}
@@ -68,15 +71,20 @@ def read_json(path: PathLike, kind: type[T], *, header: tuple[str, int] | None =
     return _decode(path, data, kind)
 
 
-def read_bytes(path: PathLike, expected: str = "JSON") -> bytes:
+def read_bytes(path: PathLike, expected: str = "JSON", limit: int = MAX_BYTES) -> bytes:
     """Read a text file's bytes, without a byte order mark.
 
     Raises
     ------
     FormatError
-        As :func:`read_raw` does, or if it is blank or not UTF-8.
+        As :func:`read_raw` does, or if it is blank, not UTF-8 or lists more than MAX_VALUES.
     """
-    data = read_raw(path, expected).removeprefix(b"\xef\xbb\xbf")
+    data = read_raw(path, expected, limit).removeprefix(b"\xef\xbb\xbf")
+    if len(data) > MAX_VALUES and data.count(b",") > MAX_VALUES:
+        raise FormatError(
+            f"{path}: lists more than the {MAX_VALUES:,} values that are read from text. Write "
+            "fewer windows, or binary arrays (.npy)."
+        )
     if not data.strip():
         raise FormatError(
             f"{path}: is empty, expected {expected}. Write it again or check the path."
@@ -409,6 +417,8 @@ def _value_at(data: bytes, place: str) -> str:
     def as_written(number: str) -> msgspec.Raw:
         return msgspec.Raw(number.encode())
 
+    if len(data) > SHOWN:
+        return "..."
     try:
         value = json.loads(data, parse_float=as_written, parse_int=as_written)
         for field, index in re.findall(r"\.(\w+)|\[(\d+)\]", place):

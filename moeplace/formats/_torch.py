@@ -15,8 +15,8 @@ from moeplace._files import PathLike, write_bytes
 from moeplace.errors import FormatError, MissingExtraError
 from moeplace.formats._npy import MAX_ENTRIES, guarded
 
-#: The most bytes that a file's tensors may have together, and a key or name.
-MAX_BYTES, MAX_TEXT = 4 << 30, 1000
+#: The most bytes that a file's tensors may have together, what binds them, and a key or name.
+MAX_BYTES, MAX_PICKLE, MAX_TEXT = 4 << 30, 64 << 20, 1000
 #: Pickle's ways to name a callable, and the names that dense tensors use.
 _CALLS = {"GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"}
 _STORAGES = "Float Double Half BFloat16 Byte Char Short Int Long Bool ComplexFloat ComplexDouble"
@@ -90,6 +90,11 @@ def _check_pickle(path: PathLike, data: bytes) -> None:
     `weights_only` would refuse code as well; but what torch then says of a long name takes it
     minutes to put together.
     """
+    if len(data) > MAX_PICKLE:
+        raise FormatError(
+            f"{path}: binds its tensors with {len(data):,} bytes: the limit is {MAX_PICKLE:,}. "
+            "Dump more often."
+        )
     try:
         for operation, value, _ in pickletools.genops(data):
             if operation.name in _CALLS and value not in _TENSORS:

@@ -10,7 +10,8 @@ from typing import Any
 from moeplace._files import PathLike, read_bytes
 from moeplace.errors import FormatError
 
-MAX_DEPTH = 8
+#: A placement of 94 layers x 2,048 slots has a little more than one MiB.
+MAX_DEPTH, MAX_BYTES = 8, 8 << 20
 _WHOLE = re.compile(r"[+-]?(0|[1-9]\d{0,17})")
 
 
@@ -24,7 +25,7 @@ def load(path: PathLike) -> Any:
     """
     import yaml
 
-    data = read_bytes(path, "YAML")
+    data = read_bytes(path, "YAML", MAX_BYTES)
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         return _build(path, yaml.parse(data, Loader=loader), yaml)
