@@ -17,6 +17,7 @@ from moeplace.constraints import (
     ReplicaBudget,
     TokenCapacity,
 )
+from moeplace.diagnose import Finding, diagnose
 from moeplace.errors import (
     CertificateError,
     FormatError,
@@ -28,7 +29,8 @@ from moeplace.errors import (
     SolverError,
 )
 from moeplace.evaluate import Evaluation, evaluate
-from moeplace.formats import read_plan, write_plan
+from moeplace.expert_bytes import expert_bytes
+from moeplace.formats import read_loads, read_plan, write_plan
 from moeplace.hardware import Cluster, Planes
 from moeplace.instances import read_instance, write_instance
 from moeplace.loads import LoadHistogram
@@ -44,6 +46,7 @@ __all__ = [
     "CertificateError",
     "Cluster",
     "Evaluation",
+    "Finding",
     "Forbid",
     "FormatError",
     "Limits",
@@ -67,10 +70,13 @@ __all__ = [
     "Status",
     "TokenCapacity",
     "compare",
+    "diagnose",
     "evaluate",
+    "expert_bytes",
     "instances",
     "lower_bound",
     "read_instance",
+    "read_loads",
     "read_plan",
     "recompute",
     "resplit",

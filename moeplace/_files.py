@@ -9,7 +9,8 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -18,9 +19,14 @@ import msgspec
 import numpy as np
 
 from moeplace._check import FloatArray, IntArray
-from moeplace.errors import FormatError
+from moeplace.errors import FormatError, MoeplaceError
 
 PathLike = str | os.PathLike[str]
+#: The longest file that is read as a whole, and the most values that a text may list: a thousand
+#: windows of 58 layers x 256 experts. Python's lists of them take half a GiB.
+MAX_BYTES, MAX_VALUES = 256 << 20, 1 << 24
+#: Longer files are not read again to show the value that is wrong.
+SHOWN = 16 << 20
 T = TypeVar("T")
 
 _NESTED: dict[int, Any] = {1: list[float], 2: list[list[float]], 3: list[list[list[float]]]}
@@ -65,16 +71,64 @@ def read_json(path: PathLike, kind: type[T], *, header: tuple[str, int] | None =
     return _decode(path, data, kind)
 
 
-def read_bytes(path: PathLike) -> bytes:
+def read_bytes(path: PathLike, expected: str = "JSON", limit: int = MAX_BYTES) -> bytes:
     """Read a text file's bytes, without a byte order mark.
 
     Raises
     ------
     FormatError
-        If it is missing, a folder, unreadable, empty or not UTF-8.
+        As :func:`read_raw` does, or if it is blank, not UTF-8 or lists more than MAX_VALUES.
     """
+    data = read_raw(path, expected, limit).removeprefix(b"\xef\xbb\xbf")
+    if len(data) > MAX_VALUES and data.count(b",") > MAX_VALUES:
+        raise FormatError(
+            f"{path}: lists more than the {MAX_VALUES:,} values that are read from text. Write "
+            "fewer windows, or binary arrays (.npy)."
+        )
+    if not data.strip():
+        raise FormatError(
+            f"{path}: is empty, expected {expected}. Write it again or check the path."
+        )
     try:
-        data = Path(path).read_bytes()
+        data.decode()
+    except UnicodeDecodeError as cause:
+        raise FormatError(
+            f"{path}: is not UTF-8 text (byte 0x{data[cause.start]:02x} at offset {cause.start}), "
+            f"expected {expected}. A binary file needs its own format; save text as UTF-8."
+        ) from cause
+    return data
+
+
+def read_raw(path: PathLike, expected: str, limit: int = MAX_BYTES) -> bytes:
+    """Read a file's bytes, at most `limit` of them.
+
+    Raises
+    ------
+    FormatError
+        If it is missing, a folder, unreadable, empty or longer than `limit`.
+    """
+    with reading(path), Path(path).open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        data = b"" if size > limit else file.read(limit + 1 if size == 0 else size)
+    if size > limit or len(data) > limit:
+        raise FormatError(
+            f"{path}: is longer than the {limit >> 20} MiB that a file read as a whole may have. "
+            "Check that it is the right file; write fewer windows, or binary arrays."
+        )
+    if not data:
+        raise FormatError(
+            f"{path}: is empty, expected {expected}. Write it again or check the path."
+        )
+    return data
+
+
+@contextmanager
+def reading(path: PathLike) -> Iterator[None]:
+    """Turn what the operating system says on opening or reading `path` into a FormatError."""
+    try:
+        yield
+    except MoeplaceError:
+        raise
     except FileNotFoundError as cause:
         place = "" if Path(path).is_absolute() else f" in {Path.cwd()}"
         raise FormatError(f"{_show(path)}: no such file{place}. Check the path.") from cause
@@ -86,17 +140,6 @@ def read_bytes(path: PathLike) -> bytes:
         ) from cause
     except (OSError, ValueError) as cause:
         raise FormatError(f"{path}: cannot be read ({_reason(cause)}). Check the path.") from cause
-    data = data.removeprefix(b"\xef\xbb\xbf")
-    if not data.strip():
-        raise FormatError(f"{path}: is empty, expected JSON. Write it again or check the path.")
-    try:
-        data.decode()
-    except UnicodeDecodeError as cause:
-        raise FormatError(
-            f"{path}: is not UTF-8 text (byte 0x{data[cause.start]:02x} at offset {cause.start}), "
-            "expected JSON. A binary file needs its own format; save text as UTF-8."
-        ) from cause
-    return data
 
 
 def nested(path: PathLike, raw: bytes, place: str, axes: tuple[int, ...]) -> Any:
@@ -374,6 +417,8 @@ def _value_at(data: bytes, place: str) -> str:
     def as_written(number: str) -> msgspec.Raw:
         return msgspec.Raw(number.encode())
 
+    if len(data) > SHOWN:
+        return "..."
     try:
         value = json.loads(data, parse_float=as_written, parse_int=as_written)
         for field, index in re.findall(r"\.(\w+)|\[(\d+)\]", place):

@@ -9,12 +9,13 @@ import json
 import math
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, Annotated, Any, cast
 
 import typer
 from rich import box
@@ -52,13 +53,19 @@ from moeplace.errors import (
 )
 from moeplace.evaluate import Evaluation
 from moeplace.evaluate import evaluate as price
-from moeplace.formats import read_plan, write_plan
-from moeplace.instances import generate, read_instance
+from moeplace.formats import PLAN_FORMATS, options, read_plan, write_plan
+from moeplace.formats.loads import FORMATS as LOAD_FORMATS
+from moeplace.formats.loads import inspect
+from moeplace.formats.loads.binary import write as write_loads
+from moeplace.hardware import Cluster
+from moeplace.instances import generate, read_instance, write_instance
+from moeplace.plan import Plan
 from moeplace.policies import POLICIES
 from moeplace.problem import Problem
 from moeplace.result import OPTIMAL_GAP, Progress, Result, Status, gap
 from moeplace.solve import METHODS
 from moeplace.solve import solve as find
+from moeplace.summary import lines, summarise
 
 OK, INTERNAL, BAD_INPUT, INFEASIBLE, NONE_IN_TIME, REFUSED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 
@@ -105,6 +112,19 @@ TimeLimit = Annotated[
 WorkLimit = Annotated[
     int | None,
     typer.Option(metavar="STEPS", help="Search steps over all layers.", show_default=False),
+]
+PlanFormat = Annotated[
+    str,
+    typer.Option(metavar="NAME", help=f"The plan file's format: {', '.join(PLAN_FORMATS)}."),
+]
+FirstMoeLayer = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Model layers before the first MoE layer (sglang, tensorrt-llm), e.g. 3 for "
+        "DeepSeek-V3.",
+        show_default=False,
+    ),
 ]
 Gap = Annotated[
     float, typer.Option(metavar="RATIO", help="Stop within (1 + gap) of the lower bound.")
@@ -162,6 +182,8 @@ def solve(
             show_default=False,
         ),
     ] = None,
+    plan_format: PlanFormat = "moeplace",
+    first_moe_layer: FirstMoeLayer = None,
     out: Annotated[
         str | None,
         typer.Option(
@@ -181,7 +203,7 @@ def solve(
     if start is not None and method in POLICIES:
         raise ProblemError(f"Method {method} cannot start from a plan: drop --start or use auto.")
     given = _read(instance, sum_windows)
-    old = None if start is None else read_plan(start)
+    old = None if start is None else _plan(start, plan_format, first_moe_layer, given.problem)
     with _progress(quiet) as progress:
         result = find(
             given.problem,
@@ -231,13 +253,15 @@ def evaluate(
     plan: Annotated[
         str, typer.Argument(metavar="PLAN", help="Plan file (JSON).", show_default=False)
     ],
+    plan_format: PlanFormat = "moeplace",
+    first_moe_layer: FirstMoeLayer = None,
     sum_windows: SumWindows = False,
     as_json: AsJson = False,
 ) -> None:
     """Price a plan. A plan that breaks a rule of the problem is priced too, and ends with 2."""
     given = _read(instance, sum_windows)
     problem, unit = given.problem, given.problem.cluster.time_unit
-    found = price(problem, read_plan(plan))
+    found = price(problem, _plan(plan, plan_format, first_moe_layer, problem))
     bound = lower_bound(problem)
     # Bounds hold for legal plans only.
     least = min(bound.total, found.objective) if found.legal else bound.total
@@ -297,6 +321,187 @@ def bound(instance: Instance, sum_windows: SumWindows = False, as_json: AsJson =
     _write("\n".join(aligned(words)) + "\n")
 
 
+@app.command(epilog=_example("loads recorder.pt --passes 1000 --strict"))
+def loads(
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help="What an engine recorded: a file, or TensorRT-LLM's folder.",
+            show_default=False,
+        ),
+    ],
+    load_format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            help=f"One of {', '.join(LOAD_FORMATS)}. By default told from the content.",
+            show_default=False,
+        ),
+    ] = None,
+    phase: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What was recorded: prefill, decode or mixed (the default).",
+            show_default=False,
+        ),
+    ] = None,
+    passes: Annotated[
+        float | None,
+        typer.Option(
+            metavar="N",
+            help="Forward passes of each window, where the file does not say it.",
+            show_default=False,
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FROM:TO",
+            help="Rows to keep, TO excluded, e.g. 3:61 where dense layers have rows too.",
+            show_default=False,
+        ),
+    ] = None,
+    windows: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Sum consecutive windows into this many.", show_default=False
+        ),
+    ] = None,
+    experts: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Experts of a trace; by default the largest id + 1.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="NPZ", help="Write the loads here (.npz).", show_default=False),
+    ] = None,
+    instance: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON",
+            help="Write an instance here: these loads on --ranks equal ranks of --slots slots.",
+            show_default=False,
+        ),
+    ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(metavar="N", help="EP ranks.", show_default=False)
+    ] = None,
+    slots: Annotated[
+        int | None, typer.Option(metavar="N", help="Slots of each rank.", show_default=False)
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="End with 2 if there is a warning.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Describe recorded loads, and warn of statistics that lie."""
+    for path in (out, instance):
+        if path is not None:
+            check_output(path, [file])
+    if len({instance is None, ranks is None, slots is None}) > 1:
+        raise ProblemError("--instance, --ranks and --slots belong together: give all or none.")
+    with _reading() as progress:
+        read = inspect(
+            file,
+            load_format,
+            phase=cast(Any, phase),  # checked with the loads
+            passes=passes,
+            layers=None if layers is None else _range(layers),
+            windows=windows,
+            experts=experts,
+            progress=progress,
+        )
+    found = summarise(file, read)
+    if out is not None:
+        write_loads(read.loads, out)
+    if instance is not None and ranks is not None and slots is not None:
+        cluster = Cluster.from_speeds([1.0] * ranks, slots, speed_unit="relative")
+        write_instance(Problem(read.loads, cluster, name=Path(file).stem), instance)
+    _write_json(found) if as_json else _write("\n".join(lines(found)) + "\n")
+    if strict and found["warnings"]:
+        names = ", ".join(each["name"] for each in found["warnings"])
+        _error(f"{file}: {names}: the loads may not be what the model's router did. See above.")
+        raise typer.Exit(BAD_INPUT)
+
+
+def _range(text: str) -> slice:
+    start, colon, stop = text.partition(":")
+    try:
+        if not colon:
+            raise ValueError(text)
+        return slice(int(start) if start else None, int(stop) if stop else None)
+    except ValueError as cause:
+        raise ProblemError(f"--layers must be FROM:TO, e.g. 3:61, got {text!r}.") from cause
+
+
+@app.command(epilog=_example("export plan.json --format sglang --first-moe-layer 3 --out map.json"))
+def export(
+    source: Annotated[
+        str, typer.Argument(metavar="PLAN", help="Plan file (JSON).", show_default=False)
+    ],
+    out: Annotated[str, typer.Option(metavar="FILE", help="Write here, whole or not at all.")],
+    plan_format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            help=f"One of {', '.join(PLAN_FORMATS)}.",
+            show_default=False,
+        ),
+    ] = None,
+    first_moe_layer: FirstMoeLayer = None,
+    num_layers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="The model's layers (sglang, tensorrt-llm), to check that none is missing.",
+            show_default=False,
+        ),
+    ] = None,
+    mtp_layers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Layers of multi-token prediction after the plan's (tensorrt-llm): slot p gets "
+            "expert p mod experts.",
+            show_default=False,
+        ),
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="vllm: map, row or expert-to-rank.", show_default=False),
+    ] = None,
+    drop_split: Annotated[
+        bool,
+        typer.Option(
+            "--drop-split", help="Drop the plan's shares: the engine shares by its own rule."
+        ),
+    ] = False,
+) -> None:
+    """Write a plan as an engine reads it, or say why it cannot."""
+    if plan_format is None:
+        raise FormatError(f"Export needs --format, one of {', '.join(PLAN_FORMATS)}.")
+    check_output(out, [source])
+    plan = read_plan(source)
+    write_plan(
+        plan,
+        out,
+        plan_format,
+        first_moe_layer=first_moe_layer,
+        num_layers=num_layers,
+        mtp_layers=mtp_layers,
+        form=form,
+        drop_split=drop_split,
+    )
+
+
 @app.command(epilog=_example("bench few-spares --out few-spares.md"))
 def bench(
     suite: Annotated[str, typer.Argument(help="A suite's name; an unknown one lists them.")],
@@ -347,6 +552,17 @@ def _read(instance: str, sum_windows: bool) -> _Given:
         summed = [("summed", f"{problem.windows:,} windows into one, which understates their time")]
         problem = problem.aggregate()
     return _Given(problem, instance, [*described(problem), *summed])
+
+
+def _plan(path: str, plan_format: str, first_moe_layer: int | None, problem: Problem) -> Plan:
+    """Read a plan; what an engine's file does not say is as in the problem."""
+    slots = problem.cluster.slots
+    said: dict[str, int] = {"ranks": problem.ranks, "layers": problem.layers}
+    if (slots == slots[0]).all():
+        said["slots"] = int(slots[0])
+    takes = options(plan_format, reading=True)
+    known = {name: value for name, value in said.items() if name in takes}
+    return read_plan(path, plan_format, first_moe_layer=first_moe_layer, **known)
 
 
 def _generated(text: str) -> Problem:
@@ -540,6 +756,34 @@ def _progress(quiet: bool = False) -> Iterator[Callable[[Progress], None] | None
         if now.seconds > 1:
             bar.start()
             bar.update(task, completed=now.layers_done, total=now.layers)
+
+    try:
+        yield draw
+    finally:
+        bar.stop()
+
+
+@contextmanager
+def _reading() -> Iterator[Callable[[int, int], None] | None]:
+    """A callback that draws a bar for a file on stderr, if that is a terminal, after a second."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield None
+        return
+    bar = Bar(
+        TextColumn("reading"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True, highlight=False),
+        transient=True,
+    )
+    task = bar.add_task("reading", total=1)
+    began = time.perf_counter()
+
+    def draw(done: int, total: int) -> None:
+        if time.perf_counter() - began > 1:
+            bar.start()
+            bar.update(task, completed=done, total=total)
 
     try:
         yield draw

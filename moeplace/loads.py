@@ -147,6 +147,17 @@ class LoadHistogram:
         mean = self.tokens.mean(axis=2)
         return np.where(mean > 0, self.tokens.max(axis=2) / np.where(mean > 0, mean, 1.0), 1.0)
 
+    def gini(self) -> FloatArray:
+        """Gini coefficient of the experts' loads, [windows, layers]: 0 even, near 1 one expert."""
+        rank = np.arange(1, self.experts + 1)
+        total = self.tokens.sum(axis=2)
+        weighted = (np.sort(self.tokens, axis=2) * (2 * rank - self.experts - 1)).sum(axis=2)
+        return np.asarray(weighted / (self.experts * np.where(total > 0, total, 1.0)))
+
+    def zeros(self) -> FloatArray:
+        """Share of experts without any token, [windows, layers]."""
+        return np.asarray((self.tokens == 0).mean(axis=2))
+
     def distance(self, other: "LoadHistogram") -> FloatArray:
         """One minus the cosine between summed load vectors, [layers], as ViBE measures drift.
 

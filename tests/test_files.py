@@ -135,7 +135,7 @@ def test_paths_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     }.items():
         with pytest.raises(FormatError, match=message):
             read_json(bad, Outer)
-    monkeypatch.setattr(Path, "read_bytes", denied)
+    monkeypatch.setattr(Path, "open", denied)
     with pytest.raises(FormatError, match=r"may not be read .*Give yourself read access"):
         read_json(path, Outer)
 

@@ -145,3 +145,19 @@ def test_distance_is_one_minus_the_cosine_whatever_the_magnitude() -> None:
 def test_distance_needs_equal_shapes() -> None:
     with pytest.raises(ProblemError, match=r"got \(1, 2\) and \(1, 3\)"):
         LoadHistogram(tokens=[[1, 2]]).distance(LoadHistogram(tokens=[[1, 2, 3]]))
+
+
+def test_gini_is_0_for_even_loads_and_near_1_for_one_expert() -> None:
+    assert LoadHistogram(tokens=[[3, 3, 3, 3], [0, 0, 8, 0], [0, 0, 0, 0]]).gini().tolist() == [
+        [0, 0.75, 0]
+    ]
+
+
+def test_gini_is_half_the_mean_difference_over_the_mean() -> None:
+    tokens = np.random.default_rng(0).exponential(size=9)
+    apart = np.abs(tokens[:, None] - tokens).mean() / (2 * tokens.mean())
+    assert LoadHistogram(tokens=tokens[None]).gini()[0, 0] == pytest.approx(apart)
+
+
+def test_zeros_are_the_share_of_experts_without_tokens() -> None:
+    assert LoadHistogram(tokens=[[0, 1, 0, 0], [1, 1, 1, 1]]).zeros().tolist() == [[0.75, 0]]

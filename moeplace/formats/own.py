@@ -19,6 +19,9 @@ from moeplace._files import PathLike, check_full, nested, plain, read_json, writ
 from moeplace.errors import PlanError
 from moeplace.plan import Plan
 
+WRITES: frozenset[str] = frozenset()
+READS: frozenset[str] = frozenset()
+NEEDS: frozenset[str] = frozenset()
 FORMAT, VERSION = "moeplace-plan", 1
 
 _Int = Annotated[int, msgspec.Meta(ge=-1, le=1 << 20)]
