@@ -12,9 +12,10 @@ their base load. Latency planes only add to tokens / v_g, so every argument hold
 Comparisons leave a relative slack of 1e-12, so that rounding never makes a bound too high.
 """
 
+import math
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,8 +31,33 @@ SLACK = 1e-12
 NODES, STAY, FEW = "nodes: ", "moves", "few moves"
 #: `FewMoves` is tried for so many moves, with so many nodes of its search for each makespan.
 MOST_MOVES, QUICK = 8, 20_000
-#: Source of bounds by the latency planes.
-PLANES = "planes"
+#: Sources of bounds by the latency planes, and by trying every placement of a tiny layer.
+PLANES, EXHAUSTIVE = "planes", "exhaustive"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Claim:
+    """A bound that a solver claims; the problem alone does not show it.
+
+    Attributes
+    ----------
+    layers : tuple of int
+    weight : array [windows] or None
+        No plan has a smaller sum over these layers and all windows of weight x layer weight x
+        makespan, prices below included. None: of the problem's objective, over all layers.
+    value : float
+    by : str
+        Method, solver and version.
+    move_price, replica_price : float
+        Charged for each copy received and each replica, instead of rules over all layers.
+    """
+
+    layers: tuple[int, ...]
+    weight: FloatArray | None
+    value: float
+    by: str
+    move_price: float = 0.0
+    replica_price: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,13 +73,23 @@ class Bound:
     total : float
         The same for the objective: layers are summed first, then windows combined.
     coupled : bool
-        Whether `total` is more than that: a budget of moves in all was shared over the layers.
+        Whether `recomputed` is more than the layers add up to: a budget of moves in all was
+        shared over them.
+    claims : tuple of Claim
+        What solvers claim beyond; `total` uses them, nothing else does.
     """
 
     per_layer: FloatArray
     source: np.ndarray[tuple[int, int], np.dtype[np.str_]]
     total: float
     coupled: bool = False
+    claims: tuple[Claim, ...] = ()
+    proven: float | None = None
+
+    @property
+    def recomputed(self) -> float:
+        """The part of `total` that `recompute` can check without believing a solver."""
+        return self.total if self.proven is None else self.proven
 
     @property
     def sources(self) -> dict[str, int]:
@@ -370,8 +406,101 @@ def _search(
     )
 
 
+def lifted_bound(problem: Problem, bound: Bound, better: FloatArray, name: str) -> Bound:
+    """The bound with layers lifted to `better` [windows, layers] by the argument `name`."""
+    lifted = np.asarray(better > bound.per_layer)
+    source = np.where(lifted, name, bound.source.astype("U16"))
+    per_layer = np.where(lifted, better, bound.per_layer)
+    alone = problem.total(per_layer)
+    shared = _shared_moves(problem, per_layer) if problem.max_moves is not None else 0.0
+    total = max(alone, shared)
+    claimed = _claimed(problem, per_layer, bound.claims)
+    return Bound(
+        per_layer=per_layer,
+        source=source,
+        total=max(total, claimed),
+        coupled=shared > alone,
+        claims=bound.claims,
+        proven=total,
+    )
+
+
+def layer_floor(problem: Problem, bound: Bound) -> FloatArray:
+    """Least mean over windows of each layer's makespan [layers], solvers' claims believed."""
+    floor = problem.mean(bound.per_layer)
+    for claim in bound.claims:
+        plain = claim.weight is not None and not (claim.move_price or claim.replica_price)
+        if plain and np.array_equal(claim.weight, problem.window_weight):  # type: ignore[arg-type]
+            (layer,) = claim.layers
+            weight = problem.layer_weight[layer]
+            if weight > 0:
+                floor[layer] = max(floor[layer], claim.value / weight)
+    return floor
+
+
+def with_claims(problem: Problem, bound: Bound, claims: Sequence[Claim]) -> Bound:
+    """The bound, and what it becomes if solvers' claims are believed too."""
+    every = (*bound.claims, *claims)
+    total = max(bound.total, _claimed(problem, bound.per_layer, every))
+    return replace(bound, total=total, claims=every, proven=bound.recomputed)
+
+
+def _claimed(problem: Problem, per_layer: FloatArray, claims: Sequence[Claim]) -> float:
+    """Best total that the claims give together with the bounds of the other layers.
+
+    For any window weights p that mean, worst window or CVaR may put on (for worst any, for CVaR
+    at most window weight / (1 - alpha) each) and any prices m, r >= 0, no plan costs less than the
+    sum over layers of its least (sum_w p_w T_w + m moves + r replicas), less m and r times the
+    rules over all layers: Lagrange's bound. So claims of equal weights and prices add up over
+    layers; those of different ones do not.
+    """
+    rules, budget = problem.max_moves, problem.replica_budget
+    best = 0.0
+    families: dict[tuple[bytes, float, float], dict[int, float]] = {}
+    for claim in claims:
+        if claim.weight is None:
+            best = max(best, claim.value)
+            continue
+        if not _may_weigh(problem, claim.weight):
+            continue
+        key = (claim.weight.tobytes(), claim.move_price, claim.replica_price)
+        layers = families.setdefault(key, {})
+        (layer,) = claim.layers
+        layers[layer] = max(layers.get(layer, 0.0), claim.value)
+    for (weights, move_price, replica_price), layers in families.items():
+        each = np.frombuffer(weights) @ (per_layer * problem.layer_weight)
+        each = each + replica_price * problem.experts
+        for layer, value in layers.items():
+            each[layer] = max(each[layer], value)
+        total = math.fsum(each)
+        if move_price:
+            if rules is None or rules.total is None:
+                continue
+            total -= move_price * rules.total
+        if replica_price:
+            if budget is None:
+                continue
+            total -= replica_price * budget
+        best = max(best, total)
+    return best
+
+
+def _may_weigh(problem: Problem, weight: FloatArray) -> bool:
+    """Whether the objective is at least the sum of window step times with these weights."""
+    if (weight < 0).any() or abs(math.fsum(weight) - 1.0) > 1e-12:
+        return False
+    if problem.objective == "worst":
+        return True
+    if problem.objective == "mean":
+        return bool(np.allclose(weight, problem.window_weight, rtol=1e-12, atol=0))
+    most = problem.window_weight / (1 - problem.cvar_alpha)
+    return bool((weight <= most * (1 + 1e-12)).all())
+
+
 def recompute(problem: Problem, bound: Bound) -> None:
     """Check a bound from the problem alone; silent if every argument holds.
+
+    Solvers' claims are not arguments: only that `total` follows from them is checked.
 
     Raises
     ------
@@ -398,6 +527,11 @@ def recompute(problem: Problem, bound: Bound) -> None:
 
             case = FewMoves(problem, window, layer)
             holds = case.refutes(int(_move_budget(problem)[layer]), claim * (1 - 1e-11))
+        elif name == EXHAUSTIVE:
+            from moeplace.exhaustive import Exhaustive
+
+            tiny = Exhaustive(problem, window, layer)
+            holds = bool(tiny.refutes(claim * (1 - 1e-11)))
         elif name == PLANES and problem.cluster.planes is not None:
             holds = bool(planes(problem, window, np.array([layer]), np.array([claim]))[0])
         else:
@@ -415,8 +549,15 @@ def recompute(problem: Problem, bound: Bound) -> None:
     total = problem.total(bound.per_layer)
     if bound.coupled and problem.max_moves is not None:
         total = max(total, _shared_moves(problem, bound.per_layer))
+    if not bound.recomputed <= total * (1 + SLACK):
+        raise CertificateError(
+            f"Bound claims {bound.recomputed!r} in total, its layers give {total!r}."
+        )
+    total = max(total, _claimed(problem, bound.per_layer, bound.claims))
     if not bound.total <= total * (1 + SLACK):
-        raise CertificateError(f"Bound claims {bound.total!r} in total, its layers give {total!r}.")
+        raise CertificateError(
+            f"Bound claims {bound.total!r} in total, its layers and solvers' claims give {total!r}."
+        )
 
 
 def nodes_as_ranks(problem: Problem) -> Problem | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeplace._check import FloatArray
-from moeplace.bounds import Bound
+from moeplace.bounds import Bound, layer_floor
 from moeplace.errors import MoeplaceError, ProblemError, SolverError
 from moeplace.evaluate import Evaluation
 from moeplace.plan import Plan
@@ -65,13 +65,22 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """What a running solve tells its callback."""
+    """What a running solve tells its callback: its best plan and bound so far.
+
+    Of all layers together, or of one `layer` if a solver works on it.
+    """
 
     seconds: float
     objective: float
     lower_bound: float
     layers_done: int
     layers: int
+    layer: int | None = None
+
+    @property
+    def gap(self) -> float:
+        """Objective / bound - 1."""
+        return float(gap(self.objective, self.lower_bound))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -154,7 +163,10 @@ class Result:
     def layers(self) -> Layers:
         """The same per window and layer."""
         makespan = self._priced.makespan
-        return Layers(objective=makespan, lower_bound=np.minimum(self.bound.per_layer, makespan))
+        floor = self.bound.per_layer
+        if self.problem.windows == 1:  # else solvers claim bounds of the mean, not of a window
+            floor = layer_floor(self.problem, self.bound)[None]
+        return Layers(objective=makespan, lower_bound=np.minimum(floor, makespan))
 
     @property
     def _priced(self) -> Evaluation:

@@ -1,9 +1,14 @@
 """Solve a problem: the methods by name, and the portfolio `auto`."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from moeplace.bounds import lower_bound
+import numpy as np
+
+from moeplace.bounds import EXHAUSTIVE, FEW, lifted_bound, lower_bound
 from moeplace.errors import PolicyNotApplicable, ProblemError
 from moeplace.evaluate import Evaluation
 from moeplace.feasible import explain_infeasible
@@ -13,7 +18,24 @@ from moeplace.problem import Problem
 from moeplace.result import Limits, Progress, Result, Status, finish
 from moeplace.search.split import at_best_shares
 
-METHODS = ("auto", *POLICIES)
+if TYPE_CHECKING:
+    from moeplace.search.portfolio import Run
+
+#: Exact solvers; see `moeplace.exact.solvers` for what each can do.
+EXACT = ("cp-sat", "highs", "gscip", "cbc")
+METHODS = ("auto", *EXACT, *POLICIES)
+WarmStart = Literal["auto", "lpt", "greedy", "none"]
+#: Share of time and work that an exact method gives to its warm start.
+WARM_SHARE = 0.2
+#: Search steps of a small layer before proofs are tried.
+WARM_STEPS = 200_000
+#: Replicas that may exist in a layer up to which `auto` proves what is left open by CP-SAT, and
+#: the deterministic seconds for each layer (with the default work; else in proportion).
+SMALL, PROOF = 300, 0.5
+#: Nodes of the exhaustive search of a tiny layer, for each makespan.
+NODES = 3_000_000
+#: Seconds, or deterministic seconds, of each layer that an exact method has without limits.
+DEFAULT_SECONDS = 10.0
 
 
 def solve(
@@ -27,6 +49,9 @@ def solve(
     workers: int = 1,
     start: Plan | None = None,
     progress: Callable[[Progress], None] | None = None,
+    warm_start: WarmStart = "auto",
+    solver_options: Mapping[str, Any] | None = None,
+    solver_log: Callable[[str], None] | None = None,
 ) -> Result:
     """Find a plan and prove how far from the optimum it can be.
 
@@ -36,7 +61,9 @@ def solve(
         What to solve.
     method : str
         "auto": construction, exchange search and, where a gap is left, the published policies,
-        the best of all by `evaluate` for each layer. Or the name of one policy.
+        the best of all by `evaluate` for each layer; small layers, and layers with few moves, are
+        then proven by CP-SAT. "cp-sat", "highs", "gscip", "cbc": the exact formulation, by one
+        solver, from the plan of `warm_start`. Or the name of one policy.
     time_limit : float, optional
         Seconds of wall time; loading kernels (once a process) and compiling them (once after
         installation) come before and are not counted. 0 still gives a plan and its bound.
@@ -54,6 +81,13 @@ def solve(
         stay as they are, and where few moves bring a layer within the gap, few are made.
     progress : callable, optional
         Called with a `Progress` now and then.
+    warm_start : {"auto", "lpt", "greedy", "none"}
+        What exact methods start from: the portfolio's best plan, largest processing time alone,
+        greedy EPLB, or nothing.
+    solver_options : mapping, optional
+        Parameters of an exact method's solver, passed on under its own names.
+    solver_log : callable, optional
+        Called with each line of the solver's log.
 
     Returns
     -------
@@ -71,11 +105,21 @@ def solve(
     """
     # compiled code: imported to be used
     import moeplace.search.compiling  # noqa: F401 - tells when kernels are compiled
-    from moeplace.search.portfolio import Run, rehearse, search
+    from moeplace.search.portfolio import Run, rehearse
 
     limits = Limits(time=time_limit, work=work_limit, gap=gap)
     if method not in METHODS:
         raise ProblemError(f"Method must be one of {', '.join(METHODS)}, got {method!r}.")
+    if warm_start not in get_args(WarmStart):
+        choices = ", ".join(get_args(WarmStart))
+        raise ProblemError(f"Warm start must be one of {choices}, got {warm_start!r}.")
+    if method not in EXACT and (warm_start != "auto" or solver_options or solver_log is not None):
+        raise ProblemError(
+            f"Warm start, solver options and solver log are for {', '.join(EXACT)}, not for "
+            f"{method}."
+        )
+    if method in EXACT and work_limit is not None and not _has_work(method):
+        raise ProblemError(f"{method} has no deterministic measure of work: give a time limit.")
     for name, value, least in (("seed", seed, 0), ("workers", workers, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ProblemError(f"The {name} must be a whole number from {least}, got {value!r}.")
@@ -85,6 +129,8 @@ def solve(
         start is not None or problem.max_moves is not None,
         problem.node_groups is not None,
     )
+    if method in EXACT:
+        import ortools.sat.python.cp_model  # noqa: F401 - loaded before the clock starts
     began = time.perf_counter()
     bound = lower_bound(problem)
     reason = explain_infeasible(problem)
@@ -99,31 +145,187 @@ def solve(
             seconds=time.perf_counter() - began,
             reason=reason,
         )
-    if method != "auto":
+    if method in POLICIES:
         evaluation = _policy(problem, method)
         return finish(problem, method, bound, evaluation, limits, time.perf_counter() - began)
     run = Run(problem, bound, limits, began, seed, workers, progress)
     interrupted = False
+    claimed = False
     try:
-        search(run, start)
+        if method == "auto":
+            _auto(run, start)
+        else:
+            claimed = _exact(run, start, method, warm_start, solver_options or {}, solver_log)
     except KeyboardInterrupt:
         if run.best is None:
             raise
         interrupted = True
     spent = time.perf_counter() - began
     if run.best is not None:
-        return finish(problem, method, bound, run.best, limits, spent, run.work, interrupted)
+        return finish(problem, method, run.bound, run.best, limits, spent, run.work, interrupted)
+    reason = "the search found no plan that obeys all constraints; they may exclude each other"
+    if claimed:
+        reason = f"{method} claims that no plan obeys all constraints (its word, not checked)"
     return Result(
         problem=problem,
         method=method,
-        status=Status.NONE_IN_TIME,
-        bound=bound,
+        status=Status.INFEASIBLE if claimed else Status.NONE_IN_TIME,
+        bound=run.bound,
         evaluation=None,
         limits=limits,
         seconds=spent,
         work=run.work,
-        reason="the search found no plan that obeys all constraints; they may exclude each other",
+        reason=reason,
     )
+
+
+def _auto(run: "Run", start: Plan | None) -> None:
+    """The portfolio; then proofs, where CP-SAT can give them, and the portfolio again.
+
+    It can where few replicas may exist, and where few may move (time for it given).
+    """
+    from moeplace.bounds import few_moves
+    from moeplace.exact.run import Exact
+    from moeplace.search.portfolio import DEFAULT_WORK
+
+    problem, limit = run.problem, run.limits.time
+    small = _small(problem)
+    few = problem.max_moves is not None and problem.routing == "even" and limit is not None
+    if not (small or few):
+        _searched(run, start, run.limits)
+        return
+    steps = WARM_SHARE * run.steps
+    steps = min(steps, WARM_STEPS * problem.layers) if small else steps
+    warm = Limits(
+        time=None if limit is None else WARM_SHARE * limit,
+        work=int(steps) if steps < float("inf") else None,
+        gap=run.limits.gap,
+    )
+    _searched(run, start, warm)
+    if small and run.best is not None and problem.windows == 1 and problem.routing == "even":
+        _try_all(run)
+    if few and run.best is not None and run.best.legal:
+        for nodes in (1_000_000, 30_000_000):  # deeper where the clock allows
+            if run.open.any() and not run.late(2 * WARM_SHARE):
+                lifted = few_moves(problem, run.bound.per_layer, run.best.makespan, nodes)
+                run.bound = lifted_bound(problem, run.bound, lifted, FEW)
+    if run.best is None or run.open.any():
+        left = None if limit is None else limit - run.seconds
+        if small or (left is not None and left >= 2.0 * problem.layers):
+            _load(run)
+            proof = PROOF * problem.layers
+            if run.limits.work is not None:
+                proof *= min(run.limits.work / (DEFAULT_WORK * problem.layers), 1.0)
+            exact = Exact(run, "cp-sat", work=proof if small else None)
+            exact.share, exact.gap = (0.8, 0.0) if small else (1.0, None)
+            exact.solve()
+            if exact.interrupted:
+                raise KeyboardInterrupt
+    if run.best is not None and not run.open.any():
+        return
+    rest = run.limits
+    if run.steps < float("inf"):
+        rest = replace(rest, work=max(int(run.steps) - run.work, 0))
+    _searched(run, start if run.best is None else run.best.plan, rest)
+
+
+def _try_all(run: "Run") -> None:
+    """Tiny layers: the exhaustive search finds a better placement, or proves that none is."""
+    from moeplace.exhaustive import Exhaustive
+
+    problem = run.problem
+    for layer in np.flatnonzero(run.open).tolist():
+        tiny = Exhaustive(problem, 0, layer)
+        while run.best is not None and not run.late(0.6):
+            makespan = float(run.best.makespan[0, layer])
+            refuted, slots = tiny.search(makespan * (1 - 1e-10), NODES)
+            if refuted:
+                better = run.bound.per_layer.copy()
+                better[0, layer] = makespan * (1 - 1e-10)
+                run.bound = lifted_bound(problem, run.bound, better, EXHAUSTIVE)
+            if slots is None:
+                break
+            every = run.best.plan.slots.copy()
+            every[layer] = slots
+            before = run.best
+            run.offer(Plan(slots=every, rank_slots=problem.cluster.slots, experts=problem.experts))
+            if run.best is before:  # a rule that the search does not know
+                break
+
+
+def _has_work(method: str) -> bool:
+    from moeplace.exact.solvers import SOLVERS
+
+    return SOLVERS[method].work
+
+
+def _load(run: "Run") -> None:
+    """Load the solver; once a process, and not counted against the limits."""
+    began = time.perf_counter()
+    import ortools.sat.python.cp_model  # noqa: F401
+
+    run.began += time.perf_counter() - began
+
+
+def _small(problem: Problem) -> bool:
+    """Whether few enough replicas may exist in a layer for `auto` to prove its optimum."""
+    most = int(problem.allowed.sum(axis=(1, 2)).max()) * problem.windows
+    return problem.routing == "even" and most <= SMALL
+
+
+def _searched(run: "Run", start: Plan | None, limits: Limits) -> None:
+    """Run the portfolio under `limits` and keep what it finds, also when interrupted."""
+    from moeplace.search.portfolio import Run, search
+
+    stage = Run(
+        run.problem, run.bound, limits, run.began, run.seed, run.workers, run.progress, run.best
+    )
+    try:
+        search(stage, start)
+    finally:
+        if stage.best is not None:
+            run.best = stage.best
+        run.work += stage.work
+
+
+def _exact(
+    run: "Run",
+    start: Plan | None,
+    method: str,
+    warm_start: str,
+    options: Mapping[str, Any],
+    log: Callable[[str], None] | None,
+) -> bool:
+    """One exact solver from a warm start; True if it claims that there is no plan."""
+    from moeplace.exact.run import STEPS, Exact
+    from moeplace.exact.solvers import SOLVERS
+
+    problem, limits = run.problem, run.limits
+    if start is not None:
+        run.offer(start, "The start plan")
+    if warm_start == "auto":
+        work = 200_000 * problem.layers if limits.work is None else int(WARM_SHARE * limits.work)
+        time_limit = None if limits.time is None else WARM_SHARE * limits.time
+        _searched(run, start, Limits(time=time_limit, work=work, gap=limits.gap))
+    elif warm_start == "greedy":
+        with suppress(PolicyNotApplicable):
+            run.offer(POLICIES["eplb"](problem))
+    elif warm_start == "lpt":
+        _searched(run, start, Limits(time=0.0, gap=limits.gap))
+    work_left = None
+    if limits.work is not None:
+        work_left = max(limits.work - run.work, 0) / STEPS
+    elif limits.time is None:
+        work_left = DEFAULT_SECONDS * problem.layers
+        if not SOLVERS[method].work:
+            run.limits = replace(limits, time=run.seconds + work_left)
+            work_left = None
+    exact = Exact(run, method, options=options, log=log, work=work_left)
+    exact.cold = warm_start == "none" and start is None
+    exact.solve()
+    if exact.interrupted:
+        raise KeyboardInterrupt
+    return exact.infeasible and run.best is None
 
 
 def _policy(problem: Problem, name: str) -> Evaluation:

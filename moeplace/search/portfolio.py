@@ -9,7 +9,7 @@ from functools import cache, cached_property
 import numpy as np
 
 from moeplace._check import BoolArray, FloatArray, IntArray
-from moeplace.bounds import Bound, lower_bound, mean_bound
+from moeplace.bounds import Bound, layer_floor, lower_bound, mean_bound
 from moeplace.constraints import Constraint, MaxMoves, NodeGroups
 from moeplace.errors import PlanError, PolicyNotApplicable
 from moeplace.evaluate import Evaluation, evaluate
@@ -94,8 +94,11 @@ class Run:
         """Layers [layers] whose best makespan is above the gap, by the mean over windows."""
         if self.best is None:
             return np.ones(self.problem.layers, dtype=np.bool_)
+        coupled = self.problem.objective != "mean"
+        if coupled and self.best.objective <= self.bound.total * (1 + self.limits.gap):
+            return np.zeros(self.problem.layers, dtype=np.bool_)
         reached = self.problem.mean(self.best.makespan)
-        bound = self.problem.mean(self.bound.per_layer)
+        bound = layer_floor(self.problem, self.bound)
         return np.asarray(reached > bound * (1 + self.limits.gap))
 
     def offer(self, plan: Plan, name: str = "") -> None:

@@ -45,7 +45,7 @@ def test_describing_and_pricing_need_nothing_heavy_either() -> None:
 def test_a_solve_under_even_routing_needs_no_solver() -> None:
     script = (
         "import moeplace as mp; from moeplace.instances import generate\n"
-        "mp.solve(generate((1, 8, 10, 2), 0), work_limit=100)\n"
+        "mp.solve(generate((1, 128, 136, 8), 0), work_limit=100)\n"
     )
     assert set(fresh(script + SAY)) <= {"numba", "llvmlite"}
 
