@@ -35,6 +35,8 @@ MAX_AGE_DAYS = 7.0
 
 Label = Literal["gpu-measured", "cpu-emulated", "simulated"]
 
+_LONG_AGO = datetime.min.replace(tzinfo=UTC)
+
 _log = logging.getLogger(__name__)
 _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
 _Seconds = Annotated[float, msgspec.Meta(gt=0)]
@@ -51,8 +53,8 @@ class Sample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Token assignments, shared evenly by the activated slots.
     median, p10, p90 : float
         Seconds of a call: median and quantiles.
-    count : int
-        Calls measured.
+    count, visits : int
+        Calls measured, and how many times the point was returned to for them.
     """
 
     activated: _Size
@@ -61,6 +63,7 @@ class Sample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     p10: _Seconds
     p90: _Seconds
     count: _Size = 1
+    visits: _Size = 1
 
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -120,6 +123,21 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         new = {(entry.uuid, entry.host, entry.setting) for entry in entries}
         kept = [e for e in self.entries if (e.uuid, e.host, e.setting) not in new]
         return Profile(entries=[*kept, *entries])
+
+
+def measured_devices(profile: Profile) -> list[str]:
+    """Devices [ranks] of the latest measuring job, in the order that its ranks had.
+
+    Right as long as ranks keep their devices: an engine that restarts must ask each rank for its.
+    """
+    if not profile.entries:
+        return []
+    latest = max(profile.entries, key=lambda entry: _when(entry) or _LONG_AGO)
+    same = [entry for entry in profile.entries if entry.setting == latest.setting]
+    at: dict[int, Entry] = {}
+    for entry in sorted(same, key=lambda entry: _when(entry) or _LONG_AGO):
+        at[entry.rank] = entry
+    return [at[rank].uuid for rank in sorted(at)]
 
 
 def read_profile(path: PathLike) -> Profile:
@@ -247,8 +265,8 @@ def _find(
                     f"rank {rank} ({uuid}) was measured under another setting than rank 0 "
                     f"({', '.join(map(str, found[0].setting))}); calibrate all ranks together."
                 )
-        entry = max(mine, key=lambda entry: _when(entry) or datetime.min.replace(tzinfo=UTC))
-        age = now - (_when(entry) or datetime.min.replace(tzinfo=UTC))
+        entry = max(mine, key=lambda entry: _when(entry) or _LONG_AGO)
+        age = now - (_when(entry) or _LONG_AGO)
         if age > timedelta(days=max_age_days):
             return [], (
                 f"the entry of rank {rank} ({uuid}) is {age.days} days old, above the limit of "

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+import msgspec
 import numpy as np
 
 from moeplace._files import PathLike, check_output
@@ -26,10 +27,13 @@ from moeplace.replay.settings import Runtime, at_least, check_memory, free_memor
 if TYPE_CHECKING:
     from moeplace.replay.world import World
 
-#: Most calls and least seconds at a point, least calls, and seconds dropped after a change of it.
-_CALLS, _LEAST = 2000, 5
-_SECONDS = {"cuda": 0.5, "cpu": 0.25}
-_LEAST_CUDA = 30
+#: Each point is visited so often, each time in another random order: noise of the moment and
+#: drift then spread over all points.
+VISITS = 3
+#: At a point: seconds and least calls over all visits, most calls of one; seconds dropped first.
+_SECONDS = {"cuda": 0.6, "cpu": 0.6}
+_LEAST = {"cuda": 30, "cpu": 9}
+_CALLS = 2000
 _SETTLE = {"cuda": 1.0, "cpu": 0.02}
 _SOAK = {"cuda": 60.0, "cpu": 0.5}
 #: Bytes written between two calls: twice the second-level cache of any GPU of today.
@@ -75,7 +79,8 @@ def calibrate_ranks(
         left out. By default what the phase visits.
     phase : {"prefill", "decode", "mixed"}
     seconds : float, optional
-        Time at each point; by default 0.5 s and 30 calls on GPUs, 0.25 s and 5 calls on CPU.
+        Time at each point, over its three visits; by default 0.6 s, and at least 30 calls on GPUs
+        and 9 on CPU.
     soak : float, optional
         Seconds of the largest point before anything counts; by default at least 60 on GPUs and
         until the SM clock's median moves less than 1 %, 0.5 on CPU.
@@ -159,9 +164,10 @@ class _Meter:
         self.job, self.world = job, world
         kind = "cuda" if world.cuda else "cpu"
         self.seconds = _SECONDS[kind] if job.seconds is None else job.seconds
-        self.settle = _SETTLE[kind] if self.seconds >= _SECONDS[kind] else 0.0
+        self.settle = min(_SETTLE[kind], self.seconds)
         self.soak = _SOAK[kind] if job.soak is None else job.soak
-        self.least = _LEAST_CUDA if world.cuda else _LEAST
+        self.seconds /= VISITS
+        self.least = _LEAST[kind] // VISITS
         world.agree(
             "calibration (grid or options)", repr((job.runtime, job.slots, job.points, job.phase))
         )
@@ -207,9 +213,9 @@ class _Meter:
             world.dtype,
         )
         most = max(n for _, n in job.points)
-        generator = torch.Generator(world.device).manual_seed(runtime.seed)
+        drawn = torch.Generator(world.device).manual_seed(runtime.seed)
         self.rows = torch.randn(
-            (most, runtime.hidden), device=world.device, dtype=world.dtype, generator=generator
+            (most, runtime.hidden), device=world.device, dtype=world.dtype, generator=drawn
         )
         self.flush = torch.empty(_FLUSH if world.cuda else 0, dtype=torch.int8).to(world.device)
         entries = world.gather(self._entry([], []))
@@ -217,21 +223,24 @@ class _Meter:
         assert old is not None
         before, entries, done = old
         todo = [point for point in job.points if point not in done]
-        np.random.default_rng(runtime.seed).shuffle(todo)
+        generator = np.random.default_rng(runtime.seed)
+        visits = [todo[i] for _ in range(VISITS) for i in generator.permutation(len(todo))]
         if todo:
             self._soak(max(job.points, key=lambda point: point[::-1]))
         anchor = max(job.points, key=lambda point: (point[0], -abs(point[1] - most // 4)))
-        for number, point in enumerate(todo):
+        times: dict[tuple[int, int], list[list[float]]] = {point: [] for point in todo}
+        for number, point in enumerate(visits):
             extra = None
-            if number % _ANCHOR_EVERY == 0 or number == len(todo) - 1:
-                extra = self._point(anchor)
-            measured = world.gather((self._point(point), extra, self.gauge.summary()))
+            if number % _ANCHOR_EVERY == 0 or number == len(visits) - 1:
+                extra = float(np.median(self._visit(anchor)))
+            times[point].append(self._visit(point))
+            measured = world.gather((_sample(point, times[point]), extra, self.gauge.summary()))
             entries = [
                 _extended(entry, *part) for entry, part in zip(entries, measured, strict=True)
             ]
             if world.rank == 0:
                 write_profile(before.merged(entries), job.out)
-                _log.info("point %d of %d: %s", number + 1, len(todo), point)
+                _log.info("visit %d of %d: %s", number + 1, len(visits), point)
         for entry in entries:
             if abs(entry.drift) > _DRIFT and world.rank == 0:
                 _log.warning(
@@ -259,7 +268,7 @@ class _Meter:
             if job.restart or not same:
                 return before, entries, set()
             kept.append(same[0])
-            done &= {(sample.activated, sample.tokens) for sample in same[0].samples}
+            done &= {(s.activated, s.tokens) for s in same[0].samples if s.visits >= VISITS}
         return before, kept, done
 
     def _entry(self, samples: list[Sample], anchors: list[float]) -> Entry:
@@ -298,21 +307,13 @@ class _Meter:
             if all(self.world.gather(spent >= self.soak and (steady or spent >= 5 * self.soak))):
                 return
 
-    def _point(self, point: tuple[int, int]) -> Sample:
-        """Measure a point on all ranks at the same time."""
+    def _visit(self, point: tuple[int, int]) -> list[float]:
+        """Seconds of calls at a point, which all ranks visit at the same time."""
         self._calls(point, self.settle, 1)
         self.world.barrier()
-        times = np.array(self._calls(point, self.seconds, self.least))
+        times = self._calls(point, self.seconds, self.least)
         self.gauge.read()
-        low, middle, high = np.quantile(times, [0.1, 0.5, 0.9])
-        return Sample(
-            activated=point[0],
-            tokens=point[1],
-            median=float(middle),
-            p10=float(low),
-            p90=float(high),
-            count=times.size,
-        )
+        return times
 
     def _calls(self, point: tuple[int, int], seconds: float, least: int) -> list[float]:
         """Seconds of each call, for at least so long and so many calls."""
@@ -358,17 +359,29 @@ def cpu_key(host: str, rank: int, factor: float) -> str:
     return f"cpu-{host}-rank{rank}-x{factor:g}"
 
 
-def _extended(entry: Entry, sample: Sample, anchor: Sample | None, conditions: Any) -> Entry:
-    """An entry with one more point."""
-    import msgspec
+def _sample(point: tuple[int, int], visits: list[list[float]]) -> Sample:
+    """The sample of all visits of a point so far."""
+    times = np.concatenate([np.array(visit) for visit in visits])
+    low, middle, high = np.quantile(times, [0.1, 0.5, 0.9])
+    return Sample(
+        activated=point[0],
+        tokens=point[1],
+        median=float(middle),
+        p10=float(low),
+        p90=float(high),
+        count=times.size,
+        visits=len(visits),
+    )
 
-    anchors = entry.anchors if anchor is None else [*entry.anchors, anchor.median]
+
+def _extended(entry: Entry, sample: Sample, anchor: float | None, conditions: Any) -> Entry:
+    """An entry with a new or better sample."""
     point = (sample.activated, sample.tokens)
     others = [s for s in entry.samples if (s.activated, s.tokens) != point]
     return msgspec.structs.replace(
         entry,
         samples=sorted([*others, sample], key=lambda s: (s.activated, s.tokens)),
-        anchors=anchors,
+        anchors=entry.anchors if anchor is None else [*entry.anchors, anchor],
         date=_stamp(),
         conditions=conditions or entry.conditions,
     )
@@ -376,3 +389,11 @@ def _extended(entry: Entry, sample: Sample, anchor: Sample | None, conditions: A
 
 def _stamp() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+if __name__ == "__main__":  # for torchrun -m
+    import sys
+
+    from moeplace.cli import main
+
+    main(["calibrate", *sys.argv[1:]])

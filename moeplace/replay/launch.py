@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moeplace.errors import MoeplaceError, ReplayError
-from moeplace.replay.settings import Runtime, require_torch, under_launcher
+from moeplace.replay.settings import Runtime, require_torch, said_by_all, under_launcher
 
 if TYPE_CHECKING:
     from moeplace.replay.world import World
@@ -67,7 +67,7 @@ def _as_rank(job: Job, store: str) -> Any:
 
     ranks = int(os.environ["WORLD_SIZE"])
     if ranks != job.runtime.ranks:
-        raise ReplayError(
+        raise said_by_all(
             f"The job has {ranks} ranks (WORLD_SIZE) but {job.runtime.ranks} were asked for: the "
             "two must be equal. Start as many processes as the plan has ranks."
         )

@@ -24,7 +24,14 @@ from moeplace.replay.routing import (
     expected_slot_tokens,
     replica_tables,
 )
-from moeplace.replay.settings import Runtime, at_least, check_memory, cores, free_memory
+from moeplace.replay.settings import (
+    Runtime,
+    at_least,
+    check_memory,
+    cores,
+    free_memory,
+    said_by_all,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,7 +107,7 @@ def replay_plans(
     if not plans:
         raise ReplayError("There is no plan to replay: give at least one.")
     if runtime.ranks != problem.ranks:
-        raise ReplayError(
+        raise said_by_all(
             f"Plans for {problem.ranks} ranks cannot run on {runtime.ranks}: the world size must "
             f"be the number of EP ranks. Start {problem.ranks} ranks, or plan for {runtime.ranks}."
         )

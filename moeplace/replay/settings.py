@@ -117,6 +117,15 @@ def at_least(name: str, value: int, least: int) -> None:
         raise ReplayError(f"{name} must be a whole number from {least}, got {value!r}.")
 
 
+class EchoError(ReplayError):
+    """An error that rank 0 raises too: this rank need not say it again."""
+
+
+def said_by_all(message: str) -> ReplayError:
+    """An error that every rank of a job raises: one that only rank 0 needs to say."""
+    return ReplayError(message) if os.environ.get("RANK", "0") == "0" else EchoError(message)
+
+
 def require_torch() -> None:
     """Raise MissingExtraError, with the remedy, unless torch is installed (not importing it)."""
     if find_spec("torch") is None:

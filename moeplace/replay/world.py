@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from moeplace.errors import MoeplaceError, ReplayError
-from moeplace.replay.settings import Runtime, cores
+from moeplace.replay.settings import Runtime, cores, said_by_all
 
 T = TypeVar("T")
 
@@ -78,7 +78,7 @@ class World:
         for rank, message in enumerate(messages):
             if message is not None:
                 same = all(other == message for other in messages)
-                raise _said(self.rank, message if same else f"Rank {rank}: {message}")
+                raise said_by_all(message if same else f"Rank {rank}: {message}")
         return found  # type: ignore[return-value]
 
     def agree(self, what: str, value: str) -> None:
@@ -86,10 +86,9 @@ class World:
         values = self.gather(value)
         for rank, other in enumerate(values):
             if other != values[0]:
-                raise _said(
-                    self.rank,
+                raise said_by_all(
                     f"Rank {rank} has another {what} than rank 0: all ranks must run the same. "
-                    "Give every node the same files, options and version.",
+                    "Give every node the same files, options and version."
                 )
 
     def take_turns(self) -> Iterator[bool]:
@@ -101,14 +100,6 @@ class World:
             self.barrier()
             yield turn == self.rank
         self.barrier()
-
-
-class EchoError(ReplayError):
-    """An error that rank 0 raises too: this rank need not say it again."""
-
-
-def _said(rank: int, message: str) -> ReplayError:
-    return ReplayError(message) if rank == 0 else EchoError(message)
 
 
 @contextmanager
