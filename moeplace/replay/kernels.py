@@ -1,5 +1,8 @@
 """Grouped expert SwiGLU, and how a slow rank is emulated.
 
+Tensors are cut by `narrow`, `select` and `index_select`, not by brackets, which ask the device:
+so the same code runs on fake GPU tensors where there is no GPU.
+
 A kernel is ``f(tokens, up, down, ends) -> outputs``: `tokens` [rows, hidden] sorted by slot,
 `up` [slots, 2 * intermediate, hidden] (gate above up projection), `down`
 [slots, hidden, intermediate], `ends` int32 [slots], the row at which each slot's group ends;
@@ -71,7 +74,7 @@ class Experts:
         """Outputs [rows, hidden], computed once and then again for the slowness emulated."""
         outputs = self.once(tokens, up, down, groups)
         for more in again:
-            self.once(tokens[: sum(more.sizes)], up, down, more)
+            self.once(tokens.narrow(0, 0, sum(more.sizes)), up, down, more)
         return outputs
 
 
@@ -89,10 +92,10 @@ def loop(tokens: Tensor, up: Tensor, down: Tensor, sizes: list[int]) -> Tensor:
     begin = 0
     for slot, size in enumerate(sizes):
         if size:
-            rows = tokens[begin : begin + size]
-            gate, raised = functional.linear(rows, up[slot]).chunk(2, dim=-1)
+            rows = tokens.narrow(0, begin, size)
+            gate, raised = functional.linear(rows, up.select(0, slot)).chunk(2, dim=-1)
             inner = functional.silu(gate).mul_(raised)
-            torch.mm(inner, down[slot].t(), out=outputs[begin : begin + size])
+            torch.mm(inner, down.select(0, slot).t(), out=outputs.narrow(0, begin, size))
         begin += size
     return outputs
 

@@ -37,11 +37,11 @@ def choose_slots(experts_of: Tensor, slots: Tensor, ends: Tensor, start: float) 
     per_expert = torch.zeros(slots.shape[0], dtype=torch.int64, device=slots.device)
     per_expert = per_expert.scatter_add(0, experts_of, ones)
     begins = per_expert.cumsum(0) - per_expert
-    index = torch.arange(count, device=slots.device) - begins[ordered]
+    index = torch.arange(count, device=slots.device) - begins.gather(0, ordered)
     position = torch.zeros_like(index).scatter(0, order, index)
     drawn = torch.frac(start + (position + 0.5) * GOLDEN)
-    replica = (drawn[:, None] >= ends[experts_of]).sum(1)
-    return slots[experts_of, replica]
+    replica = (drawn.unsqueeze(1) >= ends.index_select(0, experts_of)).sum(1, keepdim=True)
+    return slots.index_select(0, experts_of).gather(1, replica).squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -143,10 +143,11 @@ class Layer:
     def dispatch(self, tokens: Tensor, route: Route) -> Tensor:
         """Rows [received, hidden] of this rank's experts, sorted by slot."""
         arriving = tokens.new_empty((route.rows, tokens.shape[1]))
+        leaving = tokens.index_select(0, route.token)
         dist.all_to_all_single(
-            arriving, tokens[route.token], route.receive_sizes, route.send_sizes, group=self.group
+            arriving, leaving, route.receive_sizes, route.send_sizes, group=self.group
         )
-        return arriving[route.by_slot]
+        return arriving.index_select(0, route.by_slot)
 
     def compute(self, rows: Tensor, route: Route, again: list[Groups]) -> Tensor:
         """Outputs [received, hidden] of the experts; `again` is what is repeated."""
@@ -157,11 +158,12 @@ class Layer:
     def combine(self, outputs: Tensor, route: Route, tokens: int) -> Tensor:
         """Weighted sums [tokens, hidden] in float32 of what the experts made of each token."""
         back = outputs.new_empty((len(route.token), outputs.shape[1]))
+        leaving = outputs.index_select(0, route.arrived)
         dist.all_to_all_single(
-            back, outputs[route.arrived], route.send_sizes, route.receive_sizes, group=self.group
+            back, leaving, route.send_sizes, route.receive_sizes, group=self.group
         )
         total = torch.zeros((tokens, back.shape[1]), dtype=torch.float32, device=back.device)
-        return total.index_add_(0, route.token, back.float() * route.weight[:, None])
+        return total.index_add_(0, route.token, back.float() * route.weight.unsqueeze(1))
 
     def __call__(self, tokens: Tensor, route: Route) -> Tensor:
         """The whole layer: [tokens, hidden] -> float32 [tokens, hidden]."""
