@@ -4,7 +4,14 @@ from importlib.util import find_spec
 
 import pytest
 
-NEED_TORCH = ("test_layer", "test_cuda", "test_failures", "test_measure", "test_calibrate", "test_loop")
+NEED_TORCH = (
+    "test_layer",
+    "test_cuda",
+    "test_failures",
+    "test_measure",
+    "test_calibrate",
+    "test_loop",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from moeplace.replay.world import World
 
 EXPERTS, TOP_K, TOKENS = 8, 3, 50
-KERNELS = (("loop", "float32"), ("grouped", "float32"), ("loop", "bfloat16"), ("grouped", "bfloat16"))
+KERNELS = (
+    ("loop", "float32"),
+    ("grouped", "float32"),
+    ("loop", "bfloat16"),
+    ("grouped", "bfloat16"),
+)
 
 
 def routing(tokens: int = TOKENS) -> TokenRouting:
@@ -49,14 +54,10 @@ def plans(ranks: int) -> dict[str, Plan]:
         held = np.full(int(sizes.sum()), EMPTY)
         held[: EXPERTS - 1] = experts[:-1]
         held[-1] = EXPERTS - 1
-        found["a rank without tokens"] = Plan(
-            slots=held[None], rank_slots=sizes, experts=EXPERTS
-        )
+        found["a rank without tokens"] = Plan(slots=held[None], rank_slots=sizes, experts=EXPERTS)
         sizes = np.zeros(ranks, dtype=int)
         sizes[0] = EXPERTS
-        found["a rank without slots"] = Plan(
-            slots=experts[None], rank_slots=sizes, experts=EXPERTS
-        )
+        found["a rank without slots"] = Plan(slots=experts[None], rank_slots=sizes, experts=EXPERTS)
     return found
 
 
@@ -65,7 +66,6 @@ class LayerJob:
     """Every kind of plan, kernel and type on one set of ranks; errors against the reference."""
 
     runtime: Runtime
-    tokens: int = TOKENS
 
     def run(self, world: "World") -> dict[str, Any]:
         import torch
@@ -73,12 +73,15 @@ class LayerJob:
         from moeplace.replay.kernels import Experts
 
         found: dict[str, Any] = {}
-        routed = routing(self.tokens)
+        routed = routing()
         for name, plan in plans(world.ranks).items():
             for kernel, dtype in KERNELS:
                 experts = Experts(kernel, 1.0, world.device, getattr(torch, dtype))
                 found[name, kernel, dtype] = self._error(world, plan, routed, experts, dtype)
             found[name, "integers"] = self._integers(world, plan, routed)
+            one = routing(tokens=1)  # no token starts on most ranks
+            experts = Experts("loop", 1.0, world.device, torch.float32)
+            found[name, "one token"] = self._error(world, plan, one, experts, "float32")
         return found
 
     def _error(
@@ -126,7 +129,9 @@ class LayerJob:
         layer = Layer(torch.empty(len(held), 16, 8), torch.empty(len(held), 8, 8), None)  # type: ignore[arg-type]
         rows = layer.dispatch(numbers.contiguous(), route)
         expert = torch.tensor(np.repeat(held, route.groups.sizes), dtype=torch.float32)
-        answer = layer.combine((expert + 1)[:, None].expand(-1, 8).contiguous(), route, len(numbers))
+        answer = layer.combine(
+            (expert + 1)[:, None].expand(-1, 8).contiguous(), route, len(numbers)
+        )
         got = [[] for _ in held] if len(held) else []  # type: ignore[var-annotated]
         begin = 0
         for slot, size in enumerate(route.groups.sizes):
