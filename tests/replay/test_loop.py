@@ -72,4 +72,4 @@ def test_the_loop_closes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert blind["rank_tokens"] == pytest.approx([4096, 4096], rel=0.03)
     assert aware["rank_tokens"] == pytest.approx([5461, 2731], rel=0.12)
     assert blind["slowest_rank"] == blind["prediction"]["slowest_rank"] == 1
-    assert blind["prediction"]["rank_correlation"] > 0.8
+    assert blind["prediction"]["rank_correlation"] > 0.55  # four times, two a rank
