@@ -2,13 +2,18 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from moeplace.errors import ReplayError
+from moeplace.formats import write_plan
 from moeplace.hardware import Cluster
+from moeplace.instances import write_instance
 from moeplace.loads import LoadHistogram
 from moeplace.plan import Plan
 from moeplace.problem import Problem
@@ -92,6 +97,22 @@ def test_fused_mode_runs_a_trace_and_knows_no_waits() -> None:
     assert plan.layer_wall_seconds > 0
 
 
+def test_under_torchrun_rank_0_alone_answers(tmp_path: Path) -> None:
+    write_instance(PROBLEM, tmp_path / "in.json")
+    write_plan(WEIGHTED, tmp_path / "plan.json")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    files = [str(tmp_path / "in.json"), str(tmp_path / "plan.json")]
+    options = ["--tokens", "16", "--hidden", "32", "--rounds", "3", "--device", "cpu", "--json"]
+    found = subprocess.run(
+        [sys.executable, *launcher, "-m", "moeplace.replay", *files, *options],
+        capture_output=True,
+        timeout=100,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)["ranks"] == 2  # one object, not one for each rank
+
+
 def test_shares_by_window_need_a_window() -> None:
     split = np.broadcast_to(np.array([[0.75, 1, 1, 0.25, 1, 0]]), (2, 1, 6))
     runtime = Runtime(ranks=2, device="cpu")
@@ -107,8 +128,5 @@ def test_the_correlation_of_ranks() -> None:
 
 
 def test_torch_is_not_imported_before_it_is_needed() -> None:
-    import subprocess
-    import sys
-
     code = "import sys, moeplace, moeplace.replay, moeplace.cli_replay; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
