@@ -13,10 +13,11 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Annotated, Any, cast
 
+import numpy as np
 import typer
 from rich import box
 from rich.console import Console
@@ -62,6 +63,7 @@ from moeplace.instances import generate, read_instance, write_instance
 from moeplace.plan import Plan
 from moeplace.policies import POLICIES
 from moeplace.problem import Problem
+from moeplace.profile import match, measured_devices, read_profile, relative_speeds
 from moeplace.result import OPTIMAL_GAP, Progress, Result, Status, gap
 from moeplace.solve import METHODS
 from moeplace.solve import solve as find
@@ -75,9 +77,9 @@ _EXITS = {
     Status.INTERRUPTED: INTERRUPTED,
 }
 
-EXIT_CODES = """Exit codes: 0 done, 1 internal failure, 2 bad input, 3 proven infeasible, 4 no plan
-found in time, 5 certificate refused, 130 interrupted (the plan so far is written).
-MOEPLACE_DEBUG=1 shows tracebacks."""
+EXIT_CODES = """Exit codes: 0 done, 1 internal or replay failure, 2 bad input, 3 proven
+infeasible, 4 no plan found in time, 5 certificate refused, 130 interrupted (the plan so far is
+written). MOEPLACE_DEBUG=1 shows tracebacks."""
 
 app = typer.Typer(
     name="moeplace",
@@ -138,6 +140,15 @@ SumWindows = Annotated[
         help="Sum all windows into one first. A plan looks better on the sum than in service.",
     ),
 ]
+ProfileFile = Annotated[
+    str | None,
+    typer.Option(
+        "--profile",
+        metavar="PROFILE",
+        help="Profile file of moeplace calibrate: its ranks' speeds instead of the instance's.",
+        show_default=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[
     bool, typer.Option("--quiet", help="No table and no progress: only --json and errors.")
@@ -146,7 +157,8 @@ Quiet = Annotated[
 # ------------------------------------------------------------------------------ commands
 
 
-def _example(command: str) -> str:
+def example(command: str) -> str:
+    """The end of a command's help: how it is used."""
     return f"\b\nExample:\n  moeplace {command}"
 
 
@@ -156,14 +168,14 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
-        _write(f"moeplace {__version__}\n")
+        write(f"moeplace {__version__}\n")
         raise typer.Exit(OK)
     if context.invoked_subcommand is None:
-        _write(context.get_help() + "\n", sys.stderr)
+        write(context.get_help() + "\n", sys.stderr)
         raise typer.Exit(BAD_INPUT)
 
 
-@app.command(epilog=_example("solve instances/small/flashlb-even.json --out plan.json"))
+@app.command(epilog=example("solve instances/small/flashlb-even.json --out plan.json"))
 def solve(
     instance: Instance,
     method: Annotated[
@@ -192,17 +204,18 @@ def solve(
             show_default=False,
         ),
     ] = None,
+    profile: ProfileFile = None,
     sum_windows: SumWindows = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Find a plan and prove how far from the optimum it can be."""
-    inputs = [path for path in (instance, start) if path is not None]
+    inputs = [path for path in (instance, start, profile) if path is not None]
     if out is not None:
         check_output(out, inputs)
     if start is not None and method in POLICIES:
         raise ProblemError(f"Method {method} cannot start from a plan: drop --start or use auto.")
-    given = _read(instance, sum_windows)
+    given = read_given(instance, sum_windows, profile)
     old = None if start is None else _plan(start, plan_format, first_moe_layer, given.problem)
     with _progress(quiet) as progress:
         result = find(
@@ -221,7 +234,7 @@ def solve(
     _report(given, result, RIVALS, as_json=as_json, quiet=quiet)
 
 
-@app.command(epilog=_example("compare instances/small/flashlb-even.json --time-limit 1"))
+@app.command(epilog=example("compare instances/small/flashlb-even.json --time-limit 1"))
 def compare(
     instance: Instance,
     time_limit: TimeLimit = None,
@@ -233,7 +246,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Solve, and price every policy beside our plan."""
-    given = _read(instance, sum_windows)
+    given = read_given(instance, sum_windows)
     with _progress() as progress:
         result = find(
             given.problem,
@@ -247,7 +260,7 @@ def compare(
     _report(given, result, tuple(POLICIES), as_json=as_json)
 
 
-@app.command(epilog=_example("evaluate instances/small/flashlb-even.json plan.json"))
+@app.command(epilog=example("evaluate instances/small/flashlb-even.json plan.json"))
 def evaluate(
     instance: Instance,
     plan: Annotated[
@@ -259,7 +272,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Price a plan. A plan that breaks a rule of the problem is priced too, and ends with 2."""
-    given = _read(instance, sum_windows)
+    given = read_given(instance, sum_windows)
     problem, unit = given.problem, given.problem.cluster.time_unit
     found = price(problem, _plan(plan, plan_format, first_moe_layer, problem))
     bound = lower_bound(problem)
@@ -272,7 +285,7 @@ def evaluate(
         answer = _answer(given, status, found, least, left, [row]) | {
             "violations": list(found.violations)
         }
-        _write_json(answer)
+        write_json(answer)
     else:
         balanced = found.balancedness
         words = [
@@ -286,7 +299,7 @@ def evaluate(
             ("balancedness", f"{balanced.mean():.5f} on average, {balanced.min():.5f} at worst"),
         ]
         broken = [f"breaks a rule: {each}" for each in found.violations]
-        _write("\n".join([*aligned(words), *broken]) + "\n")
+        write("\n".join([*aligned(words), *broken]) + "\n")
     if not found.legal:
         _error(
             f"{plan}: the plan breaks {len(found.violations)} rules of the problem, the first: "
@@ -295,16 +308,16 @@ def evaluate(
         raise typer.Exit(BAD_INPUT)
 
 
-@app.command(epilog=_example("bound instances/small/flashlb-even.json --json"))
+@app.command(epilog=example("bound instances/small/flashlb-even.json --json"))
 def bound(instance: Instance, sum_windows: SumWindows = False, as_json: AsJson = False) -> None:
     """Prove a lower bound without solving, and check the proof again."""
-    given = _read(instance, sum_windows)
+    given = read_given(instance, sum_windows)
     problem, unit = given.problem, given.problem.cluster.time_unit
     proven = lower_bound(problem)
     recompute(problem, proven)
     fluid = problem.total(problem.fluid)
     if as_json:
-        _write_json(
+        write_json(
             _answer(given, "bound", None, proven.total, None, [])
             | {"fluid": fluid, "sources": proven.sources, "recomputed": True}
         )
@@ -318,10 +331,10 @@ def bound(instance: Instance, sum_windows: SumWindows = False, as_json: AsJson =
         ("bound from", _sources(proven)),
         ("checked", "recomputed from the problem alone: every argument holds"),
     ]
-    _write("\n".join(aligned(words)) + "\n")
+    write("\n".join(aligned(words)) + "\n")
 
 
-@app.command(epilog=_example("loads recorder.pt --passes 1000 --strict"))
+@app.command(epilog=example("loads recorder.pt --passes 1000 --strict"))
 def loads(
     file: Annotated[
         str,
@@ -424,7 +437,7 @@ def loads(
     if instance is not None and ranks is not None and slots is not None:
         cluster = Cluster.from_speeds([1.0] * ranks, slots, speed_unit="relative")
         write_instance(Problem(read.loads, cluster, name=Path(file).stem), instance)
-    _write_json(found) if as_json else _write("\n".join(lines(found)) + "\n")
+    write_json(found) if as_json else write("\n".join(lines(found)) + "\n")
     if strict and found["warnings"]:
         names = ", ".join(each["name"] for each in found["warnings"])
         _error(f"{file}: {names}: the loads may not be what the model's router did. See above.")
@@ -441,7 +454,7 @@ def _range(text: str) -> slice:
         raise ProblemError(f"--layers must be FROM:TO, e.g. 3:61, got {text!r}.") from cause
 
 
-@app.command(epilog=_example("export plan.json --format sglang --first-moe-layer 3 --out map.json"))
+@app.command(epilog=example("export plan.json --format sglang --first-moe-layer 3 --out map.json"))
 def export(
     source: Annotated[
         str, typer.Argument(metavar="PLAN", help="Plan file (JSON).", show_default=False)
@@ -502,7 +515,7 @@ def export(
     )
 
 
-@app.command(epilog=_example("bench few-spares --out few-spares.md"))
+@app.command(epilog=example("bench few-spares --out few-spares.md"))
 def bench(
     suite: Annotated[str, typer.Argument(help="A suite's name; an unknown one lists them.")],
     instances: Annotated[
@@ -528,9 +541,9 @@ def bench(
     if out is not None:
         write_text(out, text)
     if as_json:
-        _write_json({"suite": suite, "rows": rows})
+        write_json({"suite": suite, "rows": rows})
     else:
-        _write(text)
+        write(text)
 
 
 # -------------------------------------------------------------------------------- inputs
@@ -545,13 +558,30 @@ class _Given:
     words: list[tuple[str, str]] = field(default_factory=list)
 
 
-def _read(instance: str, sum_windows: bool) -> _Given:
+def read_given(instance: str, sum_windows: bool, profile: str | None = None) -> _Given:
+    """Read the problem that a command is about, and the words for it."""
     problem = _generated(instance) if instance.startswith("generate:") else read_instance(instance)
+    if profile is not None:
+        problem = replace(problem, cluster=_profiled(problem.cluster, profile))
     summed = []
     if sum_windows:
         summed = [("summed", f"{problem.windows:,} windows into one, which understates their time")]
         problem = problem.aggregate()
     return _Given(problem, instance, [*described(problem), *summed])
+
+
+def _profiled(cluster: Cluster, path: str) -> Cluster:
+    """The cluster with the speeds of a profile; equal ones, and a warning, if it is not usable."""
+    profile = read_profile(path)
+    devices = measured_devices(profile)
+    if devices and len(devices) != cluster.ranks:
+        raise ProblemError(
+            f"{path}: holds {len(devices)} ranks but the instance has {cluster.ranks}: calibrate "
+            "on as many ranks."
+        )
+    entries = match(profile, devices).entries if devices else None
+    speeds = np.ones(cluster.ranks) if entries is None else relative_speeds(entries)
+    return replace(cluster, speeds=speeds, speed_unit="relative")
 
 
 def _plan(path: str, plan_format: str, first_moe_layer: int | None, problem: Problem) -> Plan:
@@ -598,7 +628,7 @@ def _report(
     code = _EXITS.get(result.status, OK)
     if as_json or not quiet:
         rows = beside(result.problem, result, methods)
-        _write_json(_solved(given, result, rows)) if as_json else _show(given, result, rows)
+        write_json(_solved(given, result, rows)) if as_json else _show(given, result, rows)
     if code in (INFEASIBLE, NONE_IN_TIME):
         reason = result.reason or "no plan was found within the limits. Give more time."
         _error(f"{result.status}: {reason}")
@@ -693,23 +723,23 @@ def _show(given: _Given, result: Result, rows: list[Row]) -> None:
         console.print(table)
         for line in notes(result.problem, rows):
             console.print(Text(line))
-    _write(capture.get())
+    write(capture.get())
 
 
 def _sources(proven: Bound) -> str:
     return ", ".join(f"{name} {count}" for name, count in proven.sources.items())
 
 
-def _write_json(answer: dict[str, Any]) -> None:
+def write_json(answer: dict[str, Any]) -> None:
     """One object, ASCII; infinite numbers, which JSON does not know, become null."""
     finite = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in answer.items()
     }
-    _write(json.dumps(finite, indent=1, allow_nan=False) + "\n")
+    write(json.dumps(finite, indent=1, allow_nan=False) + "\n")
 
 
-def _write(text: str, stream: IO[str] | None = None) -> None:
+def write(text: str, stream: IO[str] | None = None) -> None:
     """Write and flush; a reader that has gone (as `| head` does) is no failure."""
     stream = sys.stdout if stream is None else stream
     if stream is None:  # closed before we began
@@ -730,7 +760,7 @@ def _mute(stream: IO[str]) -> None:
 
 def _error(message: str) -> None:
     text = "".join(c if c == "\n" else printable(c) for c in message.strip())
-    _write(f"error: {text}\n", sys.stderr)
+    write(f"error: {text}\n", sys.stderr)
 
 
 # ------------------------------------------------------------------------------ progress
@@ -796,6 +826,9 @@ def _reading() -> Iterator[Callable[[int, int], None] | None]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line (by default `sys.argv`) and exit with its code."""
+    from moeplace.cli_replay import add_commands  # it imports this module
+
+    add_commands(app)
     for stream in (sys.stdout, sys.stderr):  # what the terminal cannot show is escaped
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:

@@ -9,6 +9,7 @@
     ├── FormatError (ValueError)         a file is not what it should be
     ├── SolverError                      a solver contradicts our own evaluation
     ├── CertificateError                 a claimed bound could not be recomputed
+    ├── ReplayError                      a run on devices failed, or cannot be made as asked
     └── MissingExtraError (ImportError)  an optional dependency is not installed
 
 Every message says what is wrong, which rule it breaks, the value, the place and the remedy.
@@ -41,6 +42,10 @@ class SolverError(MoeplaceError):
 
 class CertificateError(MoeplaceError):
     """A claimed bound could not be recomputed from the problem."""
+
+
+class ReplayError(MoeplaceError):
+    """A replay or calibration failed, or cannot run as asked on these ranks."""
 
 
 class MissingExtraError(MoeplaceError, ImportError):
