@@ -539,7 +539,7 @@ def recompute(problem: Problem, bound: Bound) -> None:
             argument = ARGUMENTS.get(name.removeprefix(NODES))
             if argument is None or inner is None:
                 raise CertificateError(f"Bound of {place} names an unknown argument {name!r}.")
-            row = _row(inner, window, layer)
+            row = row_of(inner, window, layer)
             holds = claim == 0 or (claim > 0 and argument(row, claim * (1 - 1e-11)))
         if not holds:
             raise CertificateError(
@@ -746,7 +746,8 @@ def _shared_moves(problem: Problem, per_layer: FloatArray) -> float:
     return max(problem.total(start[None]) - saving, 0.0) * (1 - 1e-11)
 
 
-def _row(problem: Problem, window: int, layer: int) -> Row:
+def row_of(problem: Problem, window: int, layer: int) -> Row:
+    """What the arguments look at."""
     return Row(
         loads=-np.sort(-problem.tokens[window, layer]),
         base=problem.base[window, layer],

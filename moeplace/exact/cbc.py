@@ -2,6 +2,7 @@
 
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,16 @@ def to_pulp(model: Model, hint: Any = None) -> tuple[Any, list[Any]]:
     """The model and its variables in PuLP's terms; `hint` [columns] as initial values."""
     import pulp
 
+    made = pulp.LpProblem("moeplace", pulp.LpMinimize)
     variables = []
     for n, name in enumerate(model.columns):
         low, high = float(model.low[n]), float(model.high[n])
         category = pulp.LpInteger if model.whole[n] else pulp.LpContinuous
         top = high if np.isfinite(high) else None
-        variable = pulp.LpVariable(name, low, top, category)
+        variable = made.add_variable(name, low, top, category)
         if hint is not None and not np.isnan(hint[n]):
             variable.setInitialValue(float(np.clip(hint[n], low, high)), check=False)
         variables.append(variable)
-    made = pulp.LpProblem("moeplace", pulp.LpMinimize)
     priced = np.flatnonzero(model.cost)
     cost = pulp.LpAffineExpression([(variables[n], float(model.cost[n])) for n in priced])
     made += cost + float(model.constant)
@@ -70,15 +71,17 @@ def solve(model: Model, request: Request) -> Answer:
     options += [f"{name} {value}" for name, value in request.options.items()]
     with tempfile.TemporaryDirectory(prefix="moeplace-cbc-") as folder:
         log = Path(folder) / "cbc.log"
-        solver = pulp.PULP_CBC_CMD(
-            msg=False,
-            timeLimit=None if request.seconds is None else max(request.seconds, 0.01),
-            threads=request.workers if request.workers > 1 else None,
-            warmStart=request.hint is not None,
-            options=options,
-            logPath=str(log),
-            keepFiles=False,
-        )
+        with warnings.catch_warnings():  # PuLP 4 leaves CBC to a package of its own
+            warnings.simplefilter("ignore", DeprecationWarning)
+            solver = pulp.PULP_CBC_CMD(
+                msg=False,
+                timeLimit=None if request.seconds is None else max(request.seconds, 0.01),
+                threads=request.workers if request.workers > 1 else None,
+                warmStart=request.hint is not None,
+                options=options,
+                logPath=str(log),
+                keepFiles=False,
+            )
         solver.tmpDir = folder
         try:
             made.solve(solver)
