@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeplace import bound_kernels
-from moeplace.bounds import ARGUMENTS, Bound, row_of, lower_bound, mean_bound, recompute
+from moeplace.bounds import ARGUMENTS, Bound, lower_bound, mean_bound, recompute, row_of
 from moeplace.constraints import MaxMoves, NodeGroups
 from moeplace.errors import CertificateError
 from moeplace.evaluate import evaluate

@@ -17,7 +17,7 @@ def _cbc(model: Path) -> dict[str, float]:
     """Solve a model file by CBC, apart from our own model code."""
     reader = pulp.LpProblem.fromMPS(str(model))
     variables, made = reader
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="PuLP 4"):
         solver = pulp.PULP_CBC_CMD(msg=False)
     made.solve(solver)
     return {name: variable.varValue or 0.0 for name, variable in variables.items()}
