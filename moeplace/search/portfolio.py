@@ -151,7 +151,7 @@ class Run:
         if old is None:
             self._keep([new])
             return
-        better = problem.mean(new.makespan) < problem.mean(old.makespan)
+        better = self._better(new, old)
         if not (new.legal and old.legal):
             more, less = self.over(new), self.over(old)
             better = (more < less) | (more == less) & better
@@ -163,6 +163,24 @@ class Run:
         elif better.any():
             candidates.append(evaluate(problem, _mix(better, new.plan, old.plan)))
         self._keep(candidates)
+
+    def _better(self, new: Evaluation, old: Evaluation) -> BoolArray:
+        """Layers [layers] to be taken from the new plan: where windows cost less, all in all.
+
+        If layers are coupled, one after the other, where the objective falls.
+        """
+        problem = self.problem
+        if problem.objective == "mean":
+            return np.asarray(problem.mean(new.makespan) < problem.mean(old.makespan))
+        change = (new.makespan - old.makespan) * problem.layer_weight
+        steps, least = old.step_seconds, old.objective
+        better = np.zeros(problem.layers, dtype=np.bool_)
+        for layer in range(problem.layers):
+            tried = steps + change[:, layer]
+            total = float((tried * problem.risk_weight(tried)).sum())
+            if total < least * (1 - 1e-12):
+                steps, least, better[layer] = tried, total, True
+        return better
 
     def _near(self, priced: Evaluation) -> bool:
         """Whether a plan breaks no rule but token capacities."""
