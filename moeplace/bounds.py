@@ -352,7 +352,7 @@ def _search(
 ) -> tuple[FloatArray, IntArray]:
     from moeplace.bound_kernels import search
 
-    return search(
+    value, source = search(
         -np.sort(-tokens, axis=-1).reshape(-1, problem.experts),
         frozen(base.reshape(-1, problem.ranks)),
         fluid.ravel(),
@@ -363,6 +363,14 @@ def _search(
         problem.capacity,
         _copies(problem),
     )
+    # where capacities leave no placement every makespan is refuted: more than this says nothing
+    return np.minimum(value, 2.0 * longest(problem, tokens, base).ravel()), source
+
+
+def longest(problem: Problem, tokens: FloatArray, base: FloatArray) -> FloatArray:
+    """Time by speeds [...] that no plan exceeds: tokens [..., experts] and base [..., ranks]."""
+    whole = tokens.sum(axis=-1)[..., None] + base
+    return np.asarray((whole / problem.cluster.speeds).max(axis=-1))
 
 
 def recompute(problem: Problem, bound: Bound) -> None:

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from moeplace.bounds import NODES, PLANES, STAY, Bound, longest
 from moeplace.constraints import CAPACITY_SLACK
 from moeplace.problem import Problem
 
@@ -53,6 +54,19 @@ def explain_infeasible(problem: Problem) -> str | None:
                 f"{len(ranks)} ranks ({_some(ranks)}), where pins leave {free} slots."
             )
     return None
+
+
+def refuted(problem: Problem, bound: Bound) -> str | None:
+    """Name a layer whose bound is above every makespan: token capacities leave no placement."""
+    most = longest(problem, problem.tokens, problem.base) * (1 + CAPACITY_SLACK)
+    over = (bound.per_layer > most) & (bound.source != PLANES) & (bound.source != STAY)
+    if not over.any():
+        return None
+    window, layer = np.argwhere(over)[0]
+    return (
+        f"layer {layer}: in window {window} no placement obeys the token capacities, whatever its "
+        f"makespan (by the bound {str(bound.source[window, layer]).removeprefix(NODES)!r})."
+    )
 
 
 def _counting(problem: Problem) -> str | None:

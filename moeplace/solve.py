@@ -2,16 +2,20 @@
 
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from moeplace.bounds import lower_bound
 from moeplace.errors import PolicyNotApplicable, ProblemError
 from moeplace.evaluate import Evaluation
-from moeplace.feasible import explain_infeasible
+from moeplace.feasible import explain_infeasible, refuted
 from moeplace.plan import Plan
 from moeplace.policies import POLICIES
 from moeplace.problem import Problem
 from moeplace.result import Limits, Progress, Result, Status, finish
 from moeplace.search.split import at_best_shares
+
+if TYPE_CHECKING:
+    from moeplace.search.portfolio import Run
 
 METHODS = ("auto", *POLICIES)
 
@@ -87,7 +91,7 @@ def solve(
     )
     began = time.perf_counter()
     bound = lower_bound(problem)
-    reason = explain_infeasible(problem)
+    reason = explain_infeasible(problem) or refuted(problem, bound)
     if reason is not None:
         return Result(
             problem=problem,
@@ -122,8 +126,15 @@ def solve(
         limits=limits,
         seconds=spent,
         work=run.work,
-        reason="the search found no plan that obeys all constraints; they may exclude each other",
+        reason=_none_found(run),
     )
+
+
+def _none_found(run: "Run") -> str:
+    reason = "the search found no plan that obeys all constraints; they may exclude each other"
+    if run.nearest is None:
+        return reason
+    return f"{reason} (the nearest found: {run.nearest.violations[0]})"
 
 
 def _policy(problem: Problem, name: str) -> Evaluation:

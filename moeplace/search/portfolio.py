@@ -49,8 +49,9 @@ DEFAULT_WORK = 2_000_000
 #: Search steps between two looks at the clock, a few milliseconds.
 STRIDE = 400_000
 #: Rounds of the search over several windows, and its first threshold: this over the slots, times
-#: the cost (what one exchange changes shrinks with the number of slots).
-ROUNDS, HEAT = 20, 0.18
+#: the cost (what one exchange changes shrinks with the number of slots); few slots have few ways
+#: around a bad place, so their first threshold is at least the third number over their square.
+ROUNDS, HEAT, FEW_HEAT = 20, 0.18, 7.0
 #: Share of time and work that a problem of several windows spends on the mean load.
 MEAN_SHARE = 0.15
 #: Share of both that is spent near a start plan, if that does not bring all within the gap.
@@ -125,6 +126,12 @@ class Run:
         """Tokens in each layer [layers] above the ranks' capacities, over all windows."""
         capacity = self.problem.capacity * (1 + CAPACITY_SLACK)
         return np.asarray(np.maximum(priced.rank_tokens - capacity, 0.0).sum(axis=(0, 2)))
+
+    @property
+    def closed(self) -> bool:
+        """Whether the objective is within the gap."""
+        most = self.bound.total * (1 + self.limits.gap)
+        return self.best is not None and self.best.objective <= most
 
     def offer(self, plan: Plan, name: str = "") -> None:
         """Keep the plan where it is better, layer by layer; an illegal one is passed over.
@@ -661,6 +668,8 @@ def _all_windows(
     weight = problem.window_weight.copy()
     if problem.objective == "worst":
         weight = np.full(problem.windows, 1.0 / problem.windows)
+    slots = problem.cluster.total_slots
+    hottest = max(HEAT, FEW_HEAT / slots) / slots
     trials, began, begun_work = 200, run.seconds, run.work
     for turn in range(ROUNDS):
         if run.late() or run.work >= run.steps:
@@ -669,7 +678,7 @@ def _all_windows(
             left = (run.steps - begun_work) / (problem.layers * problem.windows * ROUNDS)
             trials = max(int(left), 1)
         cooling = np.array([1 - turn / ROUNDS, 1 - (turn + 1) / ROUNDS])
-        heat = np.tile(HEAT / problem.cluster.total_slots * cooling, (layers.size, 1))
+        heat = np.tile(hottest * cooling, (layers.size, 1))
         for mine in _chunks(np.full(layers.size, trials * (10 + problem.windows))):
             every.improve(layers[mine], trials, heat[mine], weight, pool, run.workers)
             if run.late():
@@ -683,10 +692,8 @@ def _all_windows(
             weight /= weight.sum()
         elif problem.objective == "cvar":
             steps = evaluate(problem, state.plan(problem)).step_seconds
-            weight += RISK_STEP * (problem.risk_weight(steps) - weight)
-        if problem.objective == "worst":
-            pass
-        elif run.best is not None and run.best.objective <= run.bound.total * (1 + run.limits.gap):
+            weight += RISK_STEP * (problem.risk_weight(steps) - weight)  # no jumps to and fro
+        if problem.objective != "worst" and run.closed:
             return
         if run.limits.time is not None:
             spent = run.seconds - began
@@ -700,10 +707,11 @@ def _polish(run: Run, state: State, allowance: IntArray, pool: ThreadPoolExecuto
     """Weighted routing: change single slots of the open layers, priced at their best shares."""
     problem = run.problem
     polish = Polish(problem, state, allowance)
-    target = problem.mean(run.bound.per_layer) * (1 + run.limits.gap)
     slots = problem.cluster.total_slots
     trials = 16
     while not run.late():
+        bound = (run.bound.per_layer * polish.weight[:, None]).sum(axis=0)
+        target = bound * (1 + run.limits.gap)
         layers = np.flatnonzero(polish.cost > target)
         left = (run.steps - run.work) / max(layers.size * slots, 1)
         if layers.size == 0 or left < 1:
@@ -716,6 +724,17 @@ def _polish(run: Run, state: State, allowance: IntArray, pool: ThreadPoolExecuto
             if run.late():
                 return
         trials = min(2 * trials, 1024)
+        if problem.objective != "mean" and problem.windows > 1:
+            run.offer(state.plan(problem))
+            steps = at_best_shares(problem, state.plan(problem)).step_seconds
+            risk = problem.risk_weight(steps)
+            polish.weight = polish.weight + RISK_STEP * (risk - polish.weight)
+            polish.cost[:] = np.inf
+            trials = min(trials, 64)
+            if run.best is not None and run.best.objective <= run.bound.total * (
+                1 + run.limits.gap
+            ):
+                return
 
 
 def _mix(take: BoolArray, new: Plan, old: Plan) -> Plan:
