@@ -24,6 +24,8 @@ from moeplace.result import Progress, Result, Status
 from moeplace.search.split import resplit
 from moeplace.solve import METHODS, solve
 from tests.brute_force import optimum
+from tests.many_small import KINDS
+from tests.many_small import one as one_of_many
 from tests.strategies import legal_plans, plan, problem, tiny_problems
 
 MORE = settings(max_examples=2 * settings().max_examples)
@@ -182,6 +184,28 @@ def test_auto_finds_the_optimum_of_most_tiny_problems(routing: str, least: int) 
         assert_sound(found, best)
         hits += found.objective <= best * (1 + 1e-9)
     assert hits >= least
+
+
+@pytest.mark.parametrize(
+    ("kind", "least"),
+    [
+        ("capacity", 0.9),
+        ("capacity, two windows", 0.8),
+        ("most replicas", 0.95),
+        ("replica budget", 0.9),
+        ("cvar", 0.85),
+        ("capacity and moves", 0.85),
+        ("budget and moves", 0.85),
+        ("several rules", 0.9),
+    ],
+)
+def test_auto_finds_the_optimum_of_most_tiny_problems_with_further_rules(
+    kind: str, least: float
+) -> None:
+    seeds = range(KINDS.index(kind), 60 * len(KINDS), len(KINDS))
+    outcomes = [found for seed in seeds if (found := one_of_many(seed)) and found[0] == kind]
+    assert len(outcomes) >= 20
+    assert np.mean([gap < 1e-9 for _, gap, _ in outcomes]) >= least
 
 
 # Against the policies
