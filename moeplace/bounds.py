@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeplace._check import FloatArray, IntArray, frozen, sum_by
+from moeplace.constraints import CAPACITY_SLACK
 from moeplace.errors import CertificateError
 from moeplace.hardware import Cluster
 from moeplace.loads import LoadHistogram
@@ -360,7 +361,7 @@ def _search(
         _caps(problem),
         problem.routing == "even",
         units.ravel(),
-        problem.capacity,
+        _ceiling(problem),
         _copies(problem),
     )
     # where capacities leave no placement every makespan is refuted: more than this says nothing
@@ -604,7 +605,7 @@ def _row(problem: Problem, window: int, layer: int) -> Row:
         caps=_caps(problem),
         even=problem.routing == "even",
         unit=float(_units(problem)[window]),
-        capacity=problem.capacity,
+        capacity=_ceiling(problem),
         copies=_copies(problem),
     )
 
@@ -615,6 +616,11 @@ def _above(need: FloatArray | float, room: FloatArray | float) -> np.ndarray[tup
 
 def _caps(problem: Problem) -> IntArray:
     return np.minimum(problem.cluster.slots, problem.experts)
+
+
+def _ceiling(problem: Problem) -> FloatArray:
+    """Most tokens of each rank [ranks] in a legal plan."""
+    return frozen(problem.capacity * (1 + CAPACITY_SLACK))
 
 
 def _copies(problem: Problem) -> int:

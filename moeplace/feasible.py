@@ -3,7 +3,7 @@
 import numpy as np
 
 from moeplace.bounds import NODES, PLANES, STAY, Bound, longest
-from moeplace.constraints import CAPACITY_SLACK
+from moeplace.constraints import CAPACITY_SLACK, Forbid, Pin
 from moeplace.problem import Problem
 
 
@@ -20,6 +20,8 @@ def explain_infeasible(problem: Problem) -> str | None:
     counted = _counting(problem)
     if counted is not None:
         return counted
+    if not any(isinstance(rule, Pin | Forbid) for rule in problem.constraints):
+        return None
     both = problem.pinned & ~problem.allowed
     if both.any():
         layer, expert, rank = np.argwhere(both)[0]

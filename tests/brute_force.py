@@ -145,7 +145,8 @@ class _Search:
         self.share[:, whole] = 0.0
         faster = np.array([[a >> g & 1 for _, a in part] for g in range(ranks)], dtype=float)
         self.speed = cluster.speeds @ faster
-        capacity = np.minimum(problem.capacity, 1e18)  # so that 0 ranks of it are none
+        capacity = problem.capacity * (1 + CAPACITY_SLACK)
+        capacity = np.minimum(capacity, 1e18)  # so that 0 ranks of it are none
         self.rest = capacity @ (inside - faster)
         self.most = capacity @ inside
         self.tokens = problem.tokens[:, layer]
@@ -207,7 +208,7 @@ class _Search:
         if budget is not None and budget.per_layer is not None and moves > budget.per_layer:
             return
         counted = moves if budget is not None and budget.total is not None else 0
-        if (tokens > self.most * (1 + CAPACITY_SLACK)).any():
+        if (tokens > self.most * (1 + 1e-13)).any():
             return
         key = (*self._times(tokens), counted, copies if self.counted else 0)
         if _covered(self.found, key):

@@ -6,10 +6,10 @@ from moeplace._check import FloatArray, IntArray
 
 
 def points(most: int) -> IntArray:
-    """Numbers of further replicas in a layer that are tried: 0 to 12, then fewer and fewer."""
-    tried = list(range(min(most, 12) + 1))
+    """Numbers of further replicas in a layer that are tried: 0 to 4, then fewer and fewer."""
+    tried = list(range(min(most, 4) + 1))
     while tried[-1] < most:
-        tried.append(min(tried[-1] * 4 // 3, most))
+        tried.append(min(tried[-1] * 3 // 2, most))
     return np.array(tried)
 
 

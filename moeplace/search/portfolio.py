@@ -54,6 +54,8 @@ STRIDE = 400_000
 ROUNDS, HEAT, FEW_HEAT = 20, 0.18, 7.0
 #: Share of time and work that a problem of several windows spends on the mean load.
 MEAN_SHARE = 0.15
+#: The same under a budget of moves.
+MOVES_SHARE = 0.6
 #: Share of both that is spent near a start plan, if that does not bring all within the gap.
 NEAR_SHARE = 0.3
 #: Share of both for the search under even routing, if the routing is weighted.
@@ -562,7 +564,7 @@ def _few_moves(run: Run, current: Plan, allowance: IntArray, pool: ThreadPoolExe
     total = rules.total if rules is not None else None
     per_layer = 64 * problem.cluster.total_slots
     weighted = problem.routing == "weighted"
-    share = WEIGHTED_SHARE if weighted else 1.0 if problem.windows == 1 else MEAN_SHARE
+    share = WEIGHTED_SHARE if weighted else 1.0 if problem.windows == 1 else MOVES_SHARE
     left = run.steps * share
     try:
         while not run.late(share) and left > 0:

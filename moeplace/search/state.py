@@ -149,8 +149,8 @@ class State:
 
 
 def ceiling(problem: Problem) -> FloatArray:
-    """Token capacity of each rank [ranks], with some of the slack for rounding."""
-    return frozen(problem.capacity * (1 + CAPACITY_SLACK / 2))
+    """Token capacity of each rank [ranks], with the slack for rounding but for a thousandth."""
+    return frozen(problem.capacity * (1 + 0.999 * CAPACITY_SLACK))
 
 
 def to_slots(table: Any, rank_slots: IntArray, fill: float = EMPTY) -> Any:
