@@ -242,7 +242,8 @@ def rehearse(weighted: bool, several: bool, near: bool, grouped: bool) -> None:
     tokens = np.array([[9.0, 7, 5, 3, 1], [1, 3, 5, 7, 9]])[: 1 + several, None]
     cluster = Cluster(speeds=np.array([1, 0.9, 1.1]), slots=np.full(3, 2), nodes=np.arange(3))
     current = Plan(slots=[[0, 1, 2, 3, 4, -1]], rank_slots=cluster.slots, experts=5)  # type: ignore[arg-type]
-    rules: list[Constraint] = [MaxMoves(current, per_layer=2)] if near else []
+    rules: list[Constraint] = [TokenCapacity(100.0)]  # not tight: what it needs besides is run
+    rules += [MaxMoves(current, per_layer=2)] if near else []
     rules += [NodeGroups(np.array([0, 0, 1, 1, 2]))] if grouped else []
     problem = Problem(
         LoadHistogram(tokens=tokens),
