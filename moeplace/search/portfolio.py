@@ -8,7 +8,7 @@ from functools import cache, cached_property
 
 import numpy as np
 
-from moeplace._check import BoolArray, FloatArray, IntArray
+from moeplace._check import BoolArray, FloatArray, IntArray, frozen
 from moeplace.bounds import Bound, lower_bound, mean_bound
 from moeplace.constraints import (
     CAPACITY_SLACK,
@@ -731,12 +731,10 @@ def _polish(run: Run, state: State, allowance: IntArray, pool: ThreadPoolExecuto
             run.offer(state.plan(problem))
             steps = at_best_shares(problem, state.plan(problem)).step_seconds
             risk = problem.risk_weight(steps)
-            polish.weight = polish.weight + RISK_STEP * (risk - polish.weight)
+            polish.weight = frozen(polish.weight + RISK_STEP * (risk - polish.weight))
             polish.cost[:] = np.inf
             trials = min(trials, 64)
-            if run.best is not None and run.best.objective <= run.bound.total * (
-                1 + run.limits.gap
-            ):
+            if run.closed:
                 return
 
 

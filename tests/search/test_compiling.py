@@ -89,6 +89,7 @@ def test_neither_compiling_nor_loading_counts_against_the_time_limit() -> None:
 @pytest.mark.parametrize(
     ("weighted", "several", "near", "rule"),
     [
+        (True, True, False, "mp.MaxReplicas(3)"),
         (False, False, False, "mp.TokenCapacity(700.0)"),
         (True, False, False, "mp.TokenCapacity(700.0)"),
         (False, True, False, "mp.TokenCapacity(700.0)"),
@@ -121,7 +122,7 @@ cluster = mp.Cluster.from_speeds(np.linspace(0.9, 1.1, 8), 9)
 plan = mp.Plan(slots=[[*range(64)] + [-1] * 8] * 2, rank_slots=cluster.slots, experts=64)
 one = mp.Problem(
     mp.LoadHistogram(tokens=loads), cluster, constraints=[{rule}],
-    routing={"weighted" if weighted else "even"!r},
+    routing={"weighted" if weighted else "even"!r}, objective="cvar",
 )
 rehearse({weighted}, {several}, {near}, False)
 before = kernels()
