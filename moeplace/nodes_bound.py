@@ -7,6 +7,7 @@ bound, is a lower bound for all; and a good way to begin.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -35,6 +36,7 @@ class Shared:
     node_of: IntArray
 
 
+@lru_cache(maxsize=2)  # bound and search ask for the same
 def share_groups(problem: Problem) -> Shared | None:
     """Bound and assignment under `NodeGroups`; None if there are too many ways.
 

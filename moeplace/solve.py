@@ -11,7 +11,7 @@ import numpy as np
 from moeplace.bounds import EXHAUSTIVE, FEW, lifted_bound, lower_bound
 from moeplace.errors import PolicyNotApplicable, ProblemError
 from moeplace.evaluate import Evaluation
-from moeplace.feasible import explain_infeasible
+from moeplace.feasible import explain_infeasible, refuted
 from moeplace.plan import Plan
 from moeplace.policies import POLICIES
 from moeplace.problem import Problem
@@ -133,7 +133,7 @@ def solve(
         import ortools.sat.python.cp_model  # noqa: F401 - loaded before the clock starts
     began = time.perf_counter()
     bound = lower_bound(problem)
-    reason = explain_infeasible(problem)
+    reason = explain_infeasible(problem) or refuted(problem, bound)
     if reason is not None:
         return Result(
             problem=problem,
@@ -163,7 +163,7 @@ def solve(
     spent = time.perf_counter() - began
     if run.best is not None:
         return finish(problem, method, run.bound, run.best, limits, spent, run.work, interrupted)
-    reason = "the search found no plan that obeys all constraints; they may exclude each other"
+    reason = _none_found(run)
     if claimed:
         reason = f"{method} claims that no plan obeys all constraints (its word, not checked)"
     return Result(
@@ -238,8 +238,8 @@ def _try_all(run: "Run") -> None:
         tiny = Exhaustive(problem, 0, layer)
         while run.best is not None and not run.late(0.6):
             makespan = float(run.best.makespan[0, layer])
-            refuted, slots = tiny.search(makespan * (1 - 1e-10), NODES)
-            if refuted:
+            none_better, slots = tiny.search(makespan * (1 - 1e-10), NODES)
+            if none_better:
                 better = run.bound.per_layer.copy()
                 better[0, layer] = makespan * (1 - 1e-10)
                 run.bound = lifted_bound(problem, run.bound, better, EXHAUSTIVE)
@@ -285,6 +285,7 @@ def _searched(run: "Run", start: Plan | None, limits: Limits) -> None:
     finally:
         if stage.best is not None:
             run.best = stage.best
+        run.nearest = stage.nearest
         run.work += stage.work
 
 
@@ -326,6 +327,13 @@ def _exact(
     if exact.interrupted:
         raise KeyboardInterrupt
     return exact.infeasible and run.best is None
+
+
+def _none_found(run: "Run") -> str:
+    reason = "the search found no plan that obeys all constraints; they may exclude each other"
+    if run.nearest is None:
+        return reason
+    return f"{reason} (the nearest found: {run.nearest.violations[0]})"
 
 
 def _policy(problem: Problem, name: str) -> Evaluation:

@@ -239,7 +239,7 @@ def test_no_argument_refutes_the_true_optimum(one: Problem) -> None:
     assert lower_bound(one).total <= best * (1 + 1e-9)
 
 
-@given(tiny_problems(max_experts=4, max_layers=2, max_windows=2, constraints=True))
+@given(tiny_problems(max_experts=4, max_layers=2, max_windows=2, constraints=True, limits=True))
 def test_the_total_is_never_above_the_true_optimum(one: Problem) -> None:
     bound = lower_bound(one)
     assert bound.total <= optimum(one) * (1 + 1e-9)
