@@ -1,6 +1,6 @@
-"""A hundred thousand random small problems against exhaustive search; outside CI.
+"""Tens of thousands of random small problems against exhaustive search; outside CI.
 
-    python -m tests.many_small 100000 --processes 2 > docs/results/many_small.md
+    python -m tests.many_small 40000 --processes 2 > docs/results/many_small.md
 
 Each is solved by `auto`; a bound above the optimum or a plan below it ends the run.
 """

@@ -24,9 +24,13 @@ def _assign(load, size, base, speeds, room, node_of, stream):  # type: ignore[no
     for layer in range(layers):
         best = np.inf
         speed = speeds[layer]
-        for restart in range(RESTARTS):
+        for restart in range(2 * RESTARTS):
             # largest first, each to the node that would end it earliest; restarts shuffle
             key = load[layer] + size * 1e-9
+            if restart >= RESTARTS:  # where that never fits, those with most experts first
+                if fits[layer]:
+                    break
+                key = size.astype(np.float64)
             if restart > 0:
                 for i in range(groups):
                     key[i] *= 0.5 + random_below(stream, layer, 1 << 20) / float(1 << 20)
