@@ -51,8 +51,9 @@ def share_groups(problem: Problem) -> Shared | None:
     assert problem.cluster.nodes is not None
     groups = problem.node_groups.of(problem.experts)
     number = int(groups.max()) + 1
-    node, nodes = problem.cluster.nodes, int(problem.cluster.nodes.max()) + 1
-    if number > GROUPS:
+    names, node = np.unique(problem.cluster.nodes, return_inverse=True)
+    nodes = names.size
+    if number > GROUPS or nodes > number * PAIRS:
         return None
     size = np.bincount(groups, minlength=number)
     sets = np.arange(1 << number)
@@ -88,7 +89,7 @@ def share_groups(problem: Problem) -> Shared | None:
     left = np.full(shape, sets.size - 1)
     for at in range(nodes, 0, -1):
         part = taken[at, left, window, layer]
-        node_of[((part[..., None] >> np.arange(number)) & 1) == 1] = at - 1
+        node_of[((part[..., None] >> np.arange(number)) & 1) == 1] = names[at - 1]
         left = left ^ part
     bound = best[nodes, -1]
     return Shared(bound=np.where(np.isfinite(bound), bound, 0.0), node_of=node_of)

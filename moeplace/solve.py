@@ -209,7 +209,7 @@ def _auto(run: "Run", start: Plan | None) -> None:
             if run.open.any() and not run.late(2 * WARM_SHARE):
                 lifted = few_moves(problem, run.bound.per_layer, run.best.makespan, nodes)
                 run.bound = lifted_bound(problem, run.bound, lifted, FEW)
-    if run.best is None or run.open.any():
+    if (run.best is None or run.open.any()) and not run.late(0.8 if small else 1.0):
         left = None if limit is None else limit - run.seconds
         if small or (left is not None and left >= 2.0 * problem.layers):
             _load(run)
