@@ -29,9 +29,8 @@ WarmStart = Literal["auto", "lpt", "greedy", "none"]
 WARM_SHARE = 0.2
 #: Search steps of a small layer before proofs are tried.
 WARM_STEPS = 200_000
-#: Replicas that may exist in a layer up to which `auto` proves what is left open by CP-SAT, and
-#: the deterministic seconds for each layer (with the default work; else in proportion).
-SMALL, PROOF = 300, 0.5
+#: Replicas that may exist in a layer up to which `auto` tries every placement.
+SMALL = 300
 #: Nodes of the exhaustive search of a tiny layer, for each makespan.
 NODES = 3_000_000
 #: Seconds, or deterministic seconds, of each layer that an exact method has without limits.
@@ -61,8 +60,8 @@ def solve(
         What to solve.
     method : str
         "auto": construction, exchange search and, where a gap is left, the published policies,
-        the best of all by `evaluate` for each layer; small layers, and layers with few moves, are
-        then proven by CP-SAT. "cp-sat", "highs", "gscip", "cbc": the exact formulation, by one
+        the best of all by `evaluate` for each layer; small layers are
+        then proven by trying every placement. "cp-sat", "highs", "gscip", "cbc": the exact formulation, by one
         solver, from the plan of `warm_start`. Or the name of one policy.
     time_limit : float, optional
         Seconds of wall time; loading kernels (once a process) and compiling them (once after
@@ -180,13 +179,8 @@ def solve(
 
 
 def _auto(run: "Run", start: Plan | None) -> None:
-    """The portfolio; then proofs, where CP-SAT can give them, and the portfolio again.
-
-    It can where few replicas may exist, and where few may move (time for it given).
-    """
+    """The portfolio; then proofs, where few replicas may exist or move, and the portfolio again."""
     from moeplace.bounds import few_moves
-    from moeplace.exact.run import Exact
-    from moeplace.search.portfolio import DEFAULT_WORK
 
     problem, limit = run.problem, run.limits.time
     small = _small(problem)
@@ -209,18 +203,6 @@ def _auto(run: "Run", start: Plan | None) -> None:
             if run.open.any() and not run.late(2 * WARM_SHARE):
                 lifted = few_moves(problem, run.bound.per_layer, run.best.makespan, nodes)
                 run.bound = lifted_bound(problem, run.bound, lifted, FEW)
-    if (run.best is None or run.open.any()) and not run.late(0.8 if small else 1.0):
-        left = None if limit is None else limit - run.seconds
-        if small or (left is not None and left >= 2.0 * problem.layers):
-            _load(run)
-            proof = PROOF * problem.layers
-            if run.limits.work is not None:
-                proof *= min(run.limits.work / (DEFAULT_WORK * problem.layers), 1.0)
-            exact = Exact(run, "cp-sat", work=proof if small else None)
-            exact.share, exact.gap = (0.8, 0.0) if small else (1.0, None)
-            exact.solve()
-            if exact.interrupted:
-                raise KeyboardInterrupt
     if run.best is not None and not run.open.any():
         return
     rest = run.limits
@@ -259,16 +241,8 @@ def _has_work(method: str) -> bool:
     return SOLVERS[method].work
 
 
-def _load(run: "Run") -> None:
-    """Load the solver; once a process, and not counted against the limits."""
-    began = time.perf_counter()
-    import ortools.sat.python.cp_model  # noqa: F401
-
-    run.began += time.perf_counter() - began
-
-
 def _small(problem: Problem) -> bool:
-    """Whether few enough replicas may exist in a layer for `auto` to prove its optimum."""
+    """Whether few enough replicas may exist in a layer for every placement to be tried."""
     most = int(problem.allowed.sum(axis=(1, 2)).max()) * problem.windows
     return problem.routing == "even" and most <= SMALL
 
