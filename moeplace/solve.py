@@ -60,9 +60,9 @@ def solve(
         What to solve.
     method : str
         "auto": construction, exchange search and, where a gap is left, the published policies,
-        the best of all by `evaluate` for each layer; small layers are
-        then proven by trying every placement. "cp-sat", "highs", "gscip", "cbc": the exact formulation, by one
-        solver, from the plan of `warm_start`. Or the name of one policy.
+        the best of all by `evaluate` for each layer; small layers are then proven by trying every
+        placement. "cp-sat", "highs", "gscip", "cbc": the exact formulation, by one solver, from
+        the plan of `warm_start`. Or the name of one policy.
     time_limit : float, optional
         Seconds of wall time; loading kernels (once a process) and compiling them (once after
         installation) come before and are not counted. 0 still gives a plan and its bound.
