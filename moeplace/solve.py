@@ -33,6 +33,8 @@ WARM_STEPS = 200_000
 SMALL = 300
 #: Nodes of the exhaustive search of a tiny layer, for each makespan.
 NODES = 3_000_000
+#: Seconds a layer from which the bound on few moves is searched deeper, and with how many nodes.
+DEEP, DEEP_NODES = 2.0, 300_000
 #: Seconds, or deterministic seconds, of each layer that an exact method has without limits.
 DEFAULT_SECONDS = 10.0
 
@@ -184,7 +186,8 @@ def _auto(run: "Run", start: Plan | None) -> None:
 
     problem, limit = run.problem, run.limits.time
     small = _small(problem)
-    few = problem.max_moves is not None and problem.routing == "even" and limit is not None
+    few = problem.max_moves is not None and problem.routing == "even"
+    few = few and limit is not None and limit >= DEEP * problem.layers
     if not (small or few):
         _searched(run, start, run.limits)
         return
@@ -199,10 +202,13 @@ def _auto(run: "Run", start: Plan | None) -> None:
     if small and run.best is not None and problem.windows == 1 and problem.routing == "even":
         _try_all(run)
     if few and run.best is not None and run.best.legal:
-        for nodes in (1_000_000, 30_000_000):  # deeper where the clock allows
-            if run.open.any() and not run.late(2 * WARM_SHARE):
-                lifted = few_moves(problem, run.bound.per_layer, run.best.makespan, nodes)
-                run.bound = lifted_bound(problem, run.bound, lifted, FEW)
+        for layer in np.flatnonzero(run.open).tolist():
+            if run.late(2 * WARM_SHARE):
+                break
+            high = run.bound.per_layer.copy()  # only this layer is searched
+            high[:, layer] = run.best.makespan[:, layer]
+            lifted = few_moves(problem, run.bound.per_layer, high, DEEP_NODES)
+            run.bound = lifted_bound(problem, run.bound, lifted, FEW)
     if run.best is not None and not run.open.any():
         return
     rest = run.limits
