@@ -31,8 +31,8 @@ WARM_SHARE = 0.2
 WARM_STEPS = 200_000
 #: Replicas that may exist in a layer up to which `auto` tries every placement.
 SMALL = 300
-#: Nodes of the exhaustive search of a tiny layer, for each makespan.
-NODES = 3_000_000
+#: Nodes of the exhaustive search of a tiny layer, for each makespan; and of them in a second.
+NODES, PACE = 10_000_000, 20_000_000
 #: Seconds a layer from which the bound on few moves is searched deeper, and with how many nodes.
 DEEP, DEEP_NODES = 2.0, 300_000
 #: Seconds, or deterministic seconds, of each layer that an exact method has without limits.
@@ -226,7 +226,10 @@ def _try_all(run: "Run") -> None:
         tiny = Exhaustive(problem, 0, layer)
         while run.best is not None and not run.late(0.6):
             makespan = float(run.best.makespan[0, layer])
-            none_better, slots = tiny.search(makespan * (1 - 1e-10), NODES)
+            nodes = NODES
+            if run.limits.time is not None:
+                nodes = min(nodes, int((0.6 * run.limits.time - run.seconds) * PACE))
+            none_better, slots = tiny.search(makespan * (1 - 1e-10), nodes)
             if none_better:
                 better = run.bound.per_layer.copy()
                 better[0, layer] = makespan * (1 - 1e-10)
