@@ -149,7 +149,7 @@ def test_export_refuses(run: Run, tmp_path: Path) -> None:
     plan, out = saved(tmp_path / "plan.json", PLAN), tmp_path / "out.json"
     refused(run("export", plan, "--format", "vllm", "--out", out), "slot 3 .* of layer 1 EMPTY")
     refused(run("export", plan, "--format", "x", "--out", out), "Plan format 'x' is unknown")
-    refused(run("export", plan, "--out", out), "needs --format, one of")
+    refused(run("export", plan, "--out", out), "needs one of --format")
     refused(run("export", plan, "--format", "vllm"), "[Mm]issing option '--out'")
     refused(run("export", plan, "--format", "moeplace", "--out", plan), "overwrite an input")
     assert not out.exists()
