@@ -32,6 +32,7 @@ def test_an_interrupted_run_keeps_what_it_measured_and_goes_on(tmp_path: Path) -
     process = subprocess.Popen(
         [sys.executable, "-m", "moeplace.cli", *command, *grid, "--soak", "0", "--seconds", "3"],
         stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # not as in the background
     )
     until = time.monotonic() + 60
     while not out.exists() and time.monotonic() < until:
