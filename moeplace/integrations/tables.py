@@ -43,7 +43,7 @@ def duplicates(slots: IntArray, ranks: int) -> BoolArray:
     again = np.zeros(by_rank.shape, dtype=np.bool_)
     for k in range(1, by_rank.shape[2]):
         again[:, :, k] = (by_rank[:, :, :k] == by_rank[:, :, k : k + 1]).any(axis=2)
-    return (again & (by_rank != EMPTY)).reshape(slots.shape)
+    return np.asarray((again & (by_rank != EMPTY)).reshape(slots.shape))
 
 
 def aligned(new: IntArray, old: IntArray, ranks: int, experts: int) -> IntArray:
@@ -72,7 +72,7 @@ def repaired(slots: IntArray, loads: FloatArray, ranks: int) -> IntArray:
     ValueError
         If there are fewer slots than experts.
     """
-    layers, experts = loads.shape
+    experts = loads.shape[1]
     if slots.shape[1] < experts:
         raise ValueError(f"{slots.shape[1]} slots are too few for {experts} experts")
     slots = np.where(duplicates(slots, ranks), EMPTY, slots)
@@ -112,7 +112,7 @@ def filled(
     if (slots != EMPTY).all():
         return slots
     slots = slots.copy()
-    layers, experts = loads.shape
+    experts = loads.shape[1]
     size = slots.shape[1] // ranks
     counts = _counts(slots, experts)
     there = held(slots, ranks, experts)

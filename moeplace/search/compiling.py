@@ -29,7 +29,7 @@ class _Notice(event.Listener):
         module = getattr(getattr(dispatcher, "py_func", None), "__module__", "") or ""
         ours = module.partition(".")[0] == "moeplace"
         if self.forbidden and ours:
-            raise KernelsMissing(f"kernel {module}.{dispatcher.py_func.__name__} is not in the cache")
+            raise KernelsMissing(f"a kernel of {module} is not in the cache")
         if not self.told and (ours or not self.forbidden):
             logger.warning(
                 "compiling kernels, once after installation; later runs load them from a cache"
