@@ -1020,9 +1020,10 @@ def _reading() -> Iterator[Callable[[int, int], None] | None]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line (by default `sys.argv`) and exit with its code."""
-    from moeplace.cli_replay import add_commands  # it imports this module
+    from moeplace import cli_engine, cli_replay  # they import this module
 
-    add_commands(app)
+    cli_replay.add_commands(app)
+    cli_engine.add_commands(app)
     for stream in (sys.stdout, sys.stderr):  # what the terminal cannot show is escaped
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:

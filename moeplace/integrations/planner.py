@@ -3,9 +3,9 @@
 Work is limited in search steps, never by the clock, so that equal inputs give equal bits.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -321,24 +321,28 @@ def _on_same_node(ask: Ask, slots: IntArray) -> BoolArray:
     return np.asarray(np.repeat(expert, ask.ranks // ask.nodes, axis=1))
 
 
-#: For `moeplace warm`: what must be in the cache for `propose` to use kernels.
-def warm(told: Callable[[str], None] = lambda _: None) -> bool:
-    """Compile what `propose` needs; returns whether a new process finds it in the cache."""
+def warm() -> None:
+    """Compile what `propose` needs; a later process finds it in the cache (see `cached`)."""
+    for ask, effort in _samples():
+        propose(ask, effort, may_compile=True)
+
+
+def cached() -> bool:
+    """Whether `propose` plans with kernels in this process."""
+    try:
+        return all(propose(ask, effort).compiled for ask, effort in _samples())
+    except ProblemError:  # groups on nodes have no other way
+        return False
+
+
+def _samples() -> Iterator[tuple[Ask, Effort]]:
+    """Tiny problems that run every kernel."""
     random = np.random.default_rng(0)
     for groups, nodes in ((1, 1), (4, 2)):
         loads = np.round(random.lognormal(4, 1, (2, 16)))
         one = Ask(loads=loads, speeds=np.ones(4), slots_per_rank=5, groups=groups, nodes=nodes)
-        plan = propose(one, UNRESTRICTED, may_compile=True)
-        drifted = np.round(loads * random.lognormal(0, 1, loads.shape))
-        told(f"kernels for {groups} expert group(s): planning from nothing")
-        near = Ask(
-            loads=drifted,
-            speeds=np.ones(4),
-            slots_per_rank=5,
-            old=plan.slots,
-            groups=groups,
-            nodes=nodes,
-        )
-        propose(near, Effort(gap=0.0, min_saving=0.0), may_compile=True)
-        told(f"kernels for {groups} expert group(s): few moves from a current map")
-    return True
+        yield one, UNRESTRICTED
+        old = np.tile(np.r_[np.arange(16), 12, 8, 4, 0].reshape(5, 4).T.ravel(), (2, 1))
+        if groups > 1:  # a node's groups, and spare slots for the first of them
+            old = np.tile(np.r_[:5, 3, 4, 5, 6, 7, 8:13, 11, 12, 13, 14, 15], (2, 1))
+        yield replace(one, old=old), Effort(gap=0.0, min_saving=0.0)

@@ -13,7 +13,7 @@ from moeplace.errors import MoeplaceError
 from moeplace.integrations import tables
 from moeplace.integrations.agree import KEEP, OWN, TAKE, Answer, Channel
 from moeplace.integrations.observe import Decision, Recorder
-from moeplace.integrations.planner import Ask, Proposal, propose
+from moeplace.integrations.planner import Ask, Proposal, cached, propose
 from moeplace.integrations.settings import Settings
 from moeplace.integrations.speeds import device_key, rank_speeds
 from moeplace.plan import EMPTY
@@ -119,7 +119,7 @@ class Policy:
         if not np.isfinite(weight).all() or (weight < 0).any():
             raise MoeplaceError("the engine's weights hold NaN, infinite or negative numbers")
         if not weight.any():  # profile runs, and before the first request
-            self._say("no load was counted yet: the map in use stays")
+            cached()  # kernels are loaded now, while nobody is served
             return Answer(KEEP)
         alive = np.ones(request.ranks, dtype=np.bool_) if request.alive is None else request.alive
         slots_per_rank, rest = divmod(request.slots, request.ranks)

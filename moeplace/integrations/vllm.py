@@ -7,6 +7,7 @@ vLLM calls it in every process, also under spawn and Ray. It acts only where `MO
 
 import inspect
 import logging
+from collections.abc import Callable
 from typing import Any, get_args
 
 import numpy as np
@@ -80,8 +81,8 @@ def channel(ranks: int) -> Channel:
     return Group(get_eplb_group().cpu_group)
 
 
-def policy_class(default: Any, policy: Policy) -> Any:
-    """A subclass of vLLM's own policy class that asks `policy`."""
+def policy_class(default: Any, policy: Policy, reach: Callable[[int], Channel] = channel) -> Any:
+    """A subclass of vLLM's own policy class that asks `policy`; `reach` as `channel`."""
 
     class MoeplaceEplbPolicy(default):  # type: ignore[misc]
         """vLLM's interface; see `moeplace.integrations.policy`."""
@@ -117,7 +118,7 @@ def policy_class(default: Any, policy: Policy) -> Any:
                     groups=int(num_groups),
                     nodes=int(num_nodes),
                 )
-                slots = policy.decide(request, lambda: channel(int(num_ranks)), own)
+                slots = policy.decide(request, lambda: reach(int(num_ranks)), own)
                 return torch.from_numpy(np.ascontiguousarray(slots))
             except Exception as cause:
                 logger.warning("moeplace: vLLM's own policy for once: %s", cause)
