@@ -5,6 +5,7 @@ Work is limited in search steps, never by the clock, so that equal inputs give e
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -108,20 +109,19 @@ def propose(ask: Ask, effort: Effort = UNRESTRICTED, *, may_compile: bool = Fals
 
     _check(ask)
     problem = _problem(ask)
-    if may_compile:
-        return _choose(ask, problem, effort, _compiled(ask, problem, effort), True)
-    try:
-        with from_cache_only():
-            candidates = _compiled(ask, problem, effort)
-    except KernelsMissing as missing:
-        if ask.grouped:
-            raise ProblemError(
-                f"Expert groups on nodes are planned with kernels only, and {missing}. Run "
-                "moeplace warm once, as the user and on the kind of machine that serves."
-            ) from missing
-        note = f"planned without kernels, since {missing}: run moeplace warm once"
-        return _choose(ask, problem, effort, _light(ask, problem, effort), False, (note,))
-    return _choose(ask, problem, effort, candidates, True)
+    with nullcontext() if may_compile else from_cache_only():
+        try:
+            bound = mean_bound(problem)
+            candidates = _compiled(ask, problem, bound, effort)
+        except KernelsMissing as missing:
+            if ask.grouped:
+                raise ProblemError(
+                    f"Expert groups on nodes are planned with kernels only, and {missing}. Run "
+                    "moeplace warm once, as the user and on the kind of machine that serves."
+                ) from missing
+            note = f"planned without kernels, since {missing}: run moeplace warm once"
+            return _light(ask, effort, (note,))
+        return _choose(ask, bound, effort, candidates, True)
 
 
 def _check(ask: Ask) -> None:
@@ -153,11 +153,10 @@ def _mended(ask: Ask) -> IntArray | None:
     return None if ask.old is None else tables.repaired(ask.old, ask.loads, ask.ranks)
 
 
-def _compiled(ask: Ask, problem: Problem, effort: Effort) -> list[IntArray]:
+def _compiled(ask: Ask, problem: Problem, bound: FloatArray, effort: Effort) -> list[IntArray]:
     """Maps [layers, slots] by the kernels, EMPTY where a slot is free."""
     if ask.grouped:
         return _on_nodes(ask, problem, effort)
-    bound = mean_bound(problem)
     old = _mended(ask)
     found = []
     if effort.max_moves is None or old is None:
@@ -244,9 +243,9 @@ def _on_nodes(ask: Ask, problem: Problem, effort: Effort) -> list[IntArray]:
     return found
 
 
-def _light(ask: Ask, problem: Problem, effort: Effort) -> list[IntArray]:
-    """Maps [layers, slots] by NumPy alone."""
-    bound = mean_bound(problem)
+def _light(ask: Ask, effort: Effort, notes: tuple[str, ...] = ()) -> Proposal:
+    """Plan by NumPy alone, also the bound: the fluid one."""
+    bound = ask.loads.sum(axis=1) / ask.speeds.sum()
     goal = bound * (1 + effort.gap)
     old = _mended(ask)
     found = []
@@ -255,12 +254,12 @@ def _light(ask: Ask, problem: Problem, effort: Effort) -> list[IntArray]:
     if old is not None and not effort.free:
         rounds = light.ROUNDS if effort.max_moves is None else effort.max_moves // 2
         found.append(light.exchanged(old, ask.loads, ask.speeds, goal, rounds))
-    return found
+    return _choose(ask, bound, effort, found, False, notes)
 
 
 def _choose(
     ask: Ask,
-    problem: Problem,
+    bound: FloatArray,
     effort: Effort,
     candidates: list[IntArray],
     compiled: bool,
@@ -268,7 +267,6 @@ def _choose(
 ) -> Proposal:
     """Fill and align the candidates; take the cheapest in each layer, the old row if none pays."""
     loads, ranks, experts = ask.loads, ask.ranks, ask.experts
-    bound = mean_bound(problem)
     maps = [_ready(ask, slots) for slots in candidates]
     none = np.full((loads.shape[0], ask.slots_per_rank * ranks), EMPTY)
     reference = none if ask.old is None else ask.old
