@@ -149,8 +149,11 @@ def _problem(ask: Ask) -> Problem:
 
 
 def _mended(ask: Ask) -> IntArray | None:
-    """The old map without duplicates, with a slot for every expert."""
-    return None if ask.old is None else tables.repaired(ask.old, ask.loads, ask.ranks)
+    """The old map with a slot for every expert, and replicas where it had duplicates or nothing."""
+    if ask.old is None:
+        return None
+    slots = tables.repaired(ask.old, ask.loads, ask.ranks)
+    return slots if ask.grouped else tables.spread(slots, ask.loads, ask.speeds)
 
 
 def _compiled(ask: Ask, problem: Problem, bound: FloatArray, effort: Effort) -> list[IntArray]:

@@ -13,6 +13,8 @@ from moeplace.plan import EMPTY
 
 #: A lost rank is an emergency: near the bound, with few moves besides those that must be.
 EMERGENCY = Effort(gap=0.03, min_saving=0.0, move_cost=1e-3)
+#: New ranks are filled, and no copy more is moved: the next rebalance may.
+FEWEST = Effort(gap=0.03, min_saving=0.0, max_moves=0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -76,9 +78,9 @@ def with_ranks(
     ranks: int,
     added: int,
     speeds: FloatArray | None = None,
-    effort: Effort = EMERGENCY,
+    effort: Effort = FEWEST,
 ) -> Recovery:
-    """Plan that fills `added` ranks behind the `ranks` of before, and moves little else.
+    """Plan that fills `added` ranks behind the `ranks` of before, and moves nothing else.
 
     Parameters
     ----------

@@ -133,6 +133,45 @@ def filled(
     return slots
 
 
+def spread(slots: IntArray, loads: FloatArray, speeds: FloatArray) -> IntArray:
+    """Fill free slots, the least busy rank's first, so that ranks come to their fair loads.
+
+    For ranks that are new: nothing else moves. A slot stays free where its rank holds all experts.
+    """
+    layers, experts = loads.shape
+    ranks = speeds.size
+    slots = slots.copy()
+    by_rank = slots.reshape(layers, ranks, -1)
+    on = held(slots, ranks, experts)
+    counts = on.sum(axis=1)
+    share = loads / np.maximum(counts, 1)
+    tokens = (on * share[:, None]).sum(axis=2)
+    for _ in range(int((slots == EMPTY).sum(axis=1).max(initial=0))):
+        free = by_rank == EMPTY
+        room = free.any(axis=2) & ~on.all(axis=2)
+        layer = np.flatnonzero(room.any(axis=1))
+        if layer.size == 0:
+            break
+        each = np.arange(layer.size)
+        times = tokens[layer] / speeds
+        to = np.where(room[layer], times, np.inf).argmin(axis=1)
+        slow = times.argmax(axis=1)
+        # a copy of what brings the rank to its fair load, rather of the slowest rank's experts
+        after = loads[layer] / (counts[layer] + 1)
+        fair = loads[layer].sum(axis=1) / speeds.sum() * speeds[to] - tokens[layer, to]
+        ideal = np.maximum(fair, 0.0) / free[layer, to].sum(axis=1)
+        miss = np.abs(after - ideal[:, None]) + 0.5 * ideal[:, None] * ~on[layer, slow]
+        expert = np.where(on[layer, to], np.inf, miss).argmin(axis=1)
+        after = loads[layer, expert] / (counts[layer, expert] + 1)
+        tokens[layer] -= on[layer, :, expert] * (share[layer, expert] - after)[:, None]
+        tokens[layer, to] += after
+        counts[layer, expert] += 1
+        share[layer, expert] = after
+        on[layer, to, expert] = True
+        by_rank[layer, to, free[layer][each, to].argmax(axis=1)] = expert
+    return slots
+
+
 def _counts(slots: IntArray, experts: int) -> IntArray:
     counts = np.zeros((slots.shape[0], experts + 1), dtype=np.int64)
     layer = np.broadcast_to(np.arange(slots.shape[0])[:, None], slots.shape)
