@@ -213,7 +213,7 @@ def _few_moves(
     # twice the gap: what exchanges leave there costs less than a search for better
     stuck = state.makespan > scale * (1 + 2 * effort.gap)
     layers = np.flatnonzero(stuck & (state.makespan <= (LOST if room == slots else np.inf) * scale))
-    if layers.size == 0:
+    if layers.size == 0 or room == 0:
         return found
     adopt(state, held, every)
     # some slots are left free, and filling one may take a copy

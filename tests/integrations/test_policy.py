@@ -103,7 +103,9 @@ def test_a_changed_number_of_ranks_is_planned_for(ranks: int) -> None:
     assert policy.failures == 0
     if ranks > 32:  # copies go to the new ranks first of all
         wider = np.pad(before, ((0, 0), (0, 9 * (ranks - 32))), constant_values=-1)
-        assert tables.received(slots, wider, ranks, 256).mean() < 9 * (ranks - 32) + 60
+        assert (
+            tables.received(slots, wider, ranks, 256).mean() < 9 * (ranks - 32) + 90
+        )  # from nothing: 8.7 a rank
 
 
 def test_fewer_slots_than_experts_are_left_to_the_engine() -> None:
