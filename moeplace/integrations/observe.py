@@ -69,16 +69,16 @@ class Recorder:
             If the folder cannot be written, or is not one of these.
         """
         place = self.folder / decision.kind
+        header = self.folder / HEADER
+        if header.exists():
+            check_header(self.folder)
         try:
             place.mkdir(parents=True, exist_ok=True)
         except OSError as cause:
             raise FormatError(
                 f"{place}: cannot be made ({cause.strerror}). Choose another."
             ) from cause
-        header = self.folder / HEADER
-        if header.exists():
-            check_header(self.folder)
-        else:
+        if not header.exists():
             write_json(header, {"format": FORMAT, "version": VERSION})
         taken = [int(path.stem) for path in place.glob("*.npz") if path.stem.isdigit()]
         path = place / f"{max(taken, default=0) + 1:08d}.npz"

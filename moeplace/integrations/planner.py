@@ -19,6 +19,7 @@ from moeplace.integrations import light, tables
 from moeplace.integrations.settings import UNRESTRICTED, Effort
 from moeplace.loads import LoadHistogram
 from moeplace.plan import EMPTY, Plan
+from moeplace.policies.eplb import eplb
 from moeplace.problem import Problem
 
 #: A layer that is so far above its bound is planned anew: mending it takes as many moves.
@@ -158,12 +159,19 @@ def _mended(ask: Ask) -> IntArray | None:
 
 def _compiled(ask: Ask, problem: Problem, bound: FloatArray, effort: Effort) -> list[IntArray]:
     """Maps [layers, slots] by the kernels, EMPTY where a slot is free."""
+    from moeplace.policies.greedy import greedy
+
     if ask.grouped:
         return _on_nodes(ask, problem, effort)
     old = _mended(ask)
     found = []
     if effort.max_moves is None or old is None:
         found.append(_anew(problem, bound, effort))
+        # a copy, since kernels are compiled apart for arrays that may not be written
+        twice = greedy(ask.loads.copy(), ask.ranks, ask.slots_per_rank)
+        times = tables.seconds(found[0], ask.loads, ask.speeds)
+        if (times > bound * (1 + UNRESTRICTED.gap)).any():  # never worse than greedy
+            found.append(np.where(tables.duplicates(twice, ask.ranks), EMPTY, twice))
     if old is not None and not effort.free:
         found += _few_moves(problem, bound, old, effort)
     return found
@@ -254,6 +262,9 @@ def _light(ask: Ask, effort: Effort, notes: tuple[str, ...] = ()) -> Proposal:
     found = []
     if effort.max_moves is None or old is None:
         found.append(light.fresh(ask.loads, ask.speeds, ask.slots_per_rank, goal))
+        if (tables.seconds(found[0], ask.loads, ask.speeds) > goal).any():
+            twice = eplb(ask.loads, ask.ranks, ask.slots_per_rank)
+            found.append(np.where(tables.duplicates(twice, ask.ranks), EMPTY, twice))
     if old is not None and not effort.free:
         rounds = light.ROUNDS if effort.max_moves is None else effort.max_moves // 2
         found.append(light.exchanged(old, ask.loads, ask.speeds, goal, rounds))
