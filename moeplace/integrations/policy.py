@@ -205,7 +205,8 @@ class Policy:
         bound = float(proposal.bound.sum())
         after = float(proposal.after.sum()) / bound if bound else 1.0
         if not np.isfinite(proposal.before).all():
-            return f"a first plan at {after:.4f} of the bound"
+            what = "a first plan" if ask.old is None else "a plan for other ranks"
+            return f"{what} at {after:.4f} of the bound"
         before = float(proposal.before.sum()) / bound if bound else 1.0
         changed = int((proposal.slots != ask.old).any(axis=1).sum())
         if not changed:
