@@ -30,7 +30,11 @@ from moeplace.errors import FormatError
 from moeplace.formats._npy import npz, write_npz
 
 FORMAT, VERSION, HEADER = "moeplace-observe", 1, "moeplace-observe.json"
-_ARRAYS = ("weight", "old", "proposed", "before", "after", "bound", "copies", "speeds", "about")
+#: Axes of each array.
+_ARRAYS = {
+    "weight": 2, "old": 2, "proposed": 2, "before": 1, "after": 1, "bound": 1, "copies": 1,
+    "speeds": 1, "about": 0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -143,6 +147,8 @@ def model_folder(path: PathLike) -> Path:
         If it holds none, several models', or is of another layout.
     """
     folder = Path(path)
+    if not folder.is_dir():
+        raise FormatError(f"{path}: is no folder: name the one that MOEPLACE_FOLDER named.")
     if (folder / HEADER).exists():
         check_header(folder)
         kinds = sorted({file.parent for file in folder.glob("*/*.npz")})
@@ -175,6 +181,13 @@ def read_decisions(path: PathLike) -> Iterator[Decision]:
     for file in sorted(model_folder(path).glob("*.npz")):
         with npz(file) as archive:
             found = {name: archive.array(name) for name in _ARRAYS}
+        for name, axes in _ARRAYS.items():
+            kinds = "iuf" if axes else "U"
+            if found[name].ndim != axes or found[name].dtype.kind not in kinds:
+                raise FormatError(
+                    f"{file}: {name} is {found[name].dtype} of shape {found[name].shape}, expected "
+                    f"{axes} axes of numbers (0 axes: text). Remove that file."
+                )
         try:
             about = json.loads(str(found.pop("about")))
         except ValueError as cause:

@@ -88,3 +88,26 @@ def test_folders_of_another_kind_are_refused(tmp_path: Path) -> None:
     (tmp_path / "2x4-6-2/00000001.npz").write_bytes(b"PK broken")
     with pytest.raises(FormatError, match="is broken"):
         mp.read_loads(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("weight", np.ones(3), "weight is float64 of shape"),
+        ("weight", np.full((2, 4), -1.0), "at least 0"),
+        ("old", np.array([["a"]]), "old is"),
+        ("about", np.array("{"), "not JSON"),
+        ("about", np.array("[]"), "not a JSON object"),
+        ("about", np.array(3), "about is int64"),
+        ("speeds", None, "lacks the array 'speeds'"),
+    ],
+)
+def test_a_file_that_is_wrong_is_named(tmp_path: Path, name: str, value: Any, rule: str) -> None:
+    path = Recorder(tmp_path, 1 << 20).write(decision())
+    arrays = dict(np.load(path))
+    arrays[name] = value
+    if value is None:
+        del arrays[name]
+    np.savez(path, **arrays)
+    with pytest.raises(FormatError, match=rule):
+        mp.read_loads(tmp_path)
