@@ -24,7 +24,7 @@ from moeplace.errors import ProblemError
 from moeplace.hardware import Cluster
 from moeplace.loads import LoadHistogram
 
-Routing = Literal["even", "weighted"]
+Routing = Literal["even", "weighted", "sglang-static", "ascend", "sglang-lp"]
 Objective = Literal["mean", "worst", "cvar"]
 
 _RULES = get_args(Constraint)
@@ -40,9 +40,10 @@ class Problem:
     ----------
     loads : LoadHistogram
     cluster : Cluster
-    routing : {"even", "weighted"}
+    routing : {"even", "weighted", "sglang-static", "ascend", "sglang-lp"}
         How the engine shares an expert's tokens over its replicas: evenly (vLLM,
-        TensorRT-LLM, SGLang dynamic), or by shares that the plan chooses.
+        TensorRT-LLM, SGLang dynamic), by shares that the plan chooses, or by an engine's own
+        rule (`moeplace.dispatch` has them; "sglang-static" uses the cluster's nodes).
     objective : {"mean", "worst", "cvar"}
         Over windows, of the step time (the sum over layers of the slowest rank's time). CVaR
         is the mean of the worst 1 - `cvar_alpha` of the windows, by their weights.

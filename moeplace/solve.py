@@ -118,6 +118,10 @@ def solve(
             f"Warm start, solver options and solver log are for {', '.join(EXACT)}, not for "
             f"{method}."
         )
+    if method in EXACT and problem.routing not in ("even", "weighted"):
+        raise ProblemError(
+            f"{method} knows even and weighted routing, not {problem.routing}. Use method auto."
+        )
     if method in EXACT and work_limit is not None and not _has_work(method):
         raise ProblemError(f"{method} has no deterministic measure of work: give a time limit.")
     for name, value, least in (("seed", seed, 0), ("workers", workers, 1)):
@@ -128,6 +132,7 @@ def solve(
         problem.windows > 1,
         start is not None or problem.max_moves is not None,
         problem.node_groups is not None,
+        "even" if problem.routing == "weighted" else problem.routing,
     )
     if method in EXACT:
         import ortools.sat.python.cp_model  # noqa: F401 - loaded before the clock starts

@@ -11,13 +11,14 @@ import numpy as np
 from moeplace._check import BoolArray, FloatArray, IntArray
 from moeplace.bounds import Bound, layer_floor, lower_bound, mean_bound
 from moeplace.constraints import Constraint, MaxMoves, NodeGroups
+from moeplace.dispatch import FIXED
 from moeplace.errors import PlanError, PolicyNotApplicable
 from moeplace.evaluate import Evaluation, evaluate
 from moeplace.hardware import Cluster
 from moeplace.loads import LoadHistogram
 from moeplace.plan import Plan
 from moeplace.policies import POLICIES
-from moeplace.problem import Problem
+from moeplace.problem import Problem, Routing
 from moeplace.result import Limits, Progress
 from moeplace.search.construct import adopt, construct
 from moeplace.search.groups import grouped
@@ -25,6 +26,7 @@ from moeplace.search.improve import improve
 from moeplace.search.moves import Moves
 from moeplace.search.nodes import assign
 from moeplace.search.polish import Polish
+from moeplace.search.ruled import Ruled, undrawn
 from moeplace.search.split import at_best_shares, layer_makespan, resplit
 from moeplace.search.state import BARRED, HELD, PINNED, State, to_slots
 from moeplace.search.window import window
@@ -41,6 +43,8 @@ STRIDE = 400_000
 #: Rounds of the search over several windows, and its first threshold: this over the slots, times
 #: the cost (what one exchange changes shrinks with the number of slots).
 ROUNDS, HEAT = 20, 0.18
+#: The same threshold under a fixed dispatch rule, and search steps that a trial there counts as.
+RULED_HEAT, RULED_STEPS = 0.6, 8
 #: Share of time and work that a problem of several windows spends on the mean load.
 MEAN_SHARE = 0.15
 #: Share of both that is spent near a start plan, if that does not bring all within the gap.
@@ -152,7 +156,9 @@ class Run:
 
 
 @cache
-def rehearse(weighted: bool, several: bool, near: bool, grouped: bool) -> None:
+def rehearse(
+    weighted: bool, several: bool, near: bool, grouped: bool, rule: Routing = "even"
+) -> None:
     """Solve a tiny problem of this kind: loads kernels, and compiles them after installation.
 
     Called before the clock starts, so that neither counts against a time limit.
@@ -167,6 +173,8 @@ def rehearse(weighted: bool, several: bool, near: bool, grouped: bool) -> None:
         From a current plan: `MaxMoves` or a start plan.
     grouped : bool
         `NodeGroups`.
+    rule : str
+        The routing, unless it is weighted.
     """
     tokens = np.array([[9.0, 7, 5, 3, 1], [1, 3, 5, 7, 9]])[: 1 + several, None]
     cluster = Cluster(speeds=np.array([1, 0.9, 1.1]), slots=np.full(3, 2), nodes=np.arange(3))
@@ -176,14 +184,14 @@ def rehearse(weighted: bool, several: bool, near: bool, grouped: bool) -> None:
     problem = Problem(
         LoadHistogram(tokens=tokens),
         cluster,
-        routing="weighted" if weighted else "even",
+        routing="weighted" if weighted else rule,
         constraints=rules,
     )
     limits = Limits(work=20_000, gap=0.0)
     run = Run(problem, lower_bound(problem), limits, time.perf_counter(), 0, 1, None)
     search(run, None)
     if near:  # a start plan is left where it does not do
-        rehearse(weighted, several, False, grouped)
+        rehearse(weighted, several, False, grouped, rule)
 
 
 def search(run: Run, start: Plan | None) -> None:
@@ -216,7 +224,8 @@ def _afresh(run: Run, start: Plan | None, pool: ThreadPoolExecutor) -> None:
         _bar_nodes(problem, state, node_of)
     if construct(state) >= 0:
         return
-    share = 1.0 if problem.windows == 1 else MEAN_SHARE
+    fixed = problem.routing in FIXED
+    share = 1.0 if problem.windows == 1 and not fixed else MEAN_SHARE
     spare = int(np.minimum(problem.cluster.slots, problem.experts).sum()) - problem.experts
     weighted = problem.routing == "weighted" and spare > 0  # without replicas there are no shares
     if weighted:
@@ -244,9 +253,12 @@ def _afresh(run: Run, start: Plan | None, pool: ThreadPoolExecutor) -> None:
         if weighted and not problem.constraints:
             _join_ranks(run)
         _descend(run, state, pool, share)
-        if problem.windows > 1 and not weighted:
+        if problem.windows > 1 and not weighted and not fixed:
             run.offer(state.plan(problem))
-            _all_windows(run, state, pool)
+            _all_windows(run, state, pool, np.arange(problem.layers))
+        elif fixed:
+            run.offer(state.plan(problem))
+            _under_rule(run, state, pool)
         if weighted:
             run.offer(state.plan(problem))
             adopt(state, run.best.plan, np.arange(problem.layers))
@@ -471,28 +483,56 @@ def _few_moves(run: Run, current: Plan, allowance: IntArray, pool: ThreadPoolExe
             run.offer(state.plan(problem))
 
 
-def _all_windows(run: Run, state: State, pool: ThreadPoolExecutor) -> None:
-    """Several windows, one placement: anneal on all; the worst window moves the weights there."""
+def _under_rule(run: Run, state: State, pool: ThreadPoolExecutor) -> None:
+    """A fixed dispatch rule: anneal; under sglang-static thrice, later where most is left to gain.
+
+    There the best counts are far apart, and one start seldom suits all layers.
+    """
     problem = run.problem
-    every = Windows(problem, state)
-    layers = np.arange(problem.layers)
+    assert run.best is not None
+    even = run.best.plan
+    tries = [(even, 1, 1.0)]
+    if problem.routing == "sglang-static":
+        fewer = undrawn(problem, even)
+        tries = [(fewer, 1, 0.5), (even, 2, 0.75), (fewer, 4, 1.0)]
+    for start, part, share in tries:
+        left = layer_floor(problem, run.bound) - problem.mean(run.best.makespan)
+        layers = np.argsort(left * problem.layer_weight, kind="stable")
+        layers = layers[: -(-layers.size // part)]
+        adopt(state, start, layers)
+        _all_windows(run, state, pool, layers, share)
+        run.offer(state.plan(problem))
+
+
+def _all_windows(
+    run: Run, state: State, pool: ThreadPoolExecutor, layers: IntArray, share: float = 1.0
+) -> None:
+    """One placement for all windows, or a fixed dispatch rule: anneal under the true price.
+
+    The worst window moves the weights there.
+    """
+    problem = run.problem
+    every: Windows | Ruled = Windows(problem, state)
+    hot, effort = HEAT, problem.windows  # search steps of a trial
+    if problem.routing in FIXED:
+        every, hot, effort = Ruled(problem, state), RULED_HEAT, RULED_STEPS * problem.windows
     weight = problem.window_weight.copy()
     if problem.objective == "worst":
         weight = np.full(problem.windows, 1.0 / problem.windows)
     trials, began, begun_work = 200, run.seconds, run.work
     for turn in range(ROUNDS):
-        if run.late() or run.work >= run.steps:
+        if run.late(share) or run.work >= run.steps * share:
             return
         if run.steps < float("inf"):
-            left = (run.steps - begun_work) / (problem.layers * problem.windows * ROUNDS)
+            left = (run.steps * share - begun_work) / (layers.size * effort * ROUNDS)
             trials = max(int(left), 1)
         cooling = np.array([1 - turn / ROUNDS, 1 - (turn + 1) / ROUNDS])
-        heat = np.tile(HEAT / problem.cluster.total_slots * cooling, (layers.size, 1))
-        for mine in _chunks(np.full(layers.size, trials * (10 + problem.windows))):
+        heat = np.tile(hot / problem.cluster.total_slots * cooling, (layers.size, 1))
+        for mine in _chunks(np.full(layers.size, trials * (10 + effort))):
             every.improve(layers[mine], trials, heat[mine], weight, pool, run.workers)
-            if run.late():
+            if run.late(share):
                 break
-        run.work += trials * problem.layers * problem.windows
+        run.work += trials * layers.size * effort
         if problem.objective == "worst":
             run.offer(state.plan(problem))
             steps = evaluate(problem, state.plan(problem)).step_seconds
@@ -503,7 +543,7 @@ def _all_windows(run: Run, state: State, pool: ThreadPoolExecutor) -> None:
         if run.limits.time is not None:
             spent = run.seconds - began
             began += spent
-            left_time = run.limits.time - began
+            left_time = run.limits.time * share - began
             pace = trials / max(spent, 1e-9)
             trials = max(int(min(pace * left_time / (ROUNDS - turn), 8.0 * trials)), 100)
 
