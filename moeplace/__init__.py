@@ -11,6 +11,7 @@ from moeplace.compare import compare
 from moeplace.constraints import (
     Forbid,
     MaxMoves,
+    MaxOffNode,
     MaxReplicas,
     NodeGroups,
     Pin,
@@ -18,6 +19,7 @@ from moeplace.constraints import (
     TokenCapacity,
 )
 from moeplace.diagnose import Finding, diagnose
+from moeplace.dispatch import waterfill
 from moeplace.errors import (
     CertificateError,
     FormatError,
@@ -39,6 +41,7 @@ from moeplace.problem import Problem
 from moeplace.result import Limits, Progress, Result, Status
 from moeplace.search.split import resplit
 from moeplace.solve import solve
+from moeplace.topology import rank_plans, trace_traffic, traffic
 
 __all__ = [
     "EMPTY",
@@ -52,6 +55,7 @@ __all__ = [
     "Limits",
     "LoadHistogram",
     "MaxMoves",
+    "MaxOffNode",
     "MaxReplicas",
     "MissingExtraError",
     "MoeplaceError",
@@ -75,12 +79,16 @@ __all__ = [
     "expert_bytes",
     "instances",
     "lower_bound",
+    "rank_plans",
     "read_instance",
     "read_loads",
     "read_plan",
     "recompute",
     "resplit",
     "solve",
+    "trace_traffic",
+    "traffic",
+    "waterfill",
     "write_instance",
     "write_plan",
 ]

@@ -6,6 +6,7 @@ from functools import cached_property
 import numpy as np
 
 from moeplace._check import FloatArray
+from moeplace.constraints import MaxOffNode
 from moeplace.dispatch import shares
 from moeplace.errors import PlanError
 from moeplace.plan import EMPTY, Plan
@@ -128,6 +129,10 @@ def violations(problem: Problem, plan: Plan, tokens: FloatArray) -> tuple[str, .
         for layer, rank in np.argwhere(plan.duplicates)
     ]
     for constraint in problem.constraints:
+        if isinstance(constraint, MaxOffNode):
+            from moeplace.topology import off_node_violations  # which prices plans too
+
+            found += off_node_violations(problem, plan, constraint.fraction)
         found += constraint.violations(plan, problem.cluster, tokens)
     return tuple(found)
 

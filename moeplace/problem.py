@@ -14,6 +14,7 @@ from moeplace.constraints import (
     Constraint,
     Forbid,
     MaxMoves,
+    MaxOffNode,
     MaxReplicas,
     NodeGroups,
     Pin,
@@ -28,7 +29,7 @@ Routing = Literal["even", "weighted", "sglang-static", "ascend", "sglang-lp"]
 Objective = Literal["mean", "worst", "cvar"]
 
 _RULES = get_args(Constraint)
-_ONCE = (MaxMoves, NodeGroups, TokenCapacity, MaxReplicas, ReplicaBudget)
+_ONCE = (MaxMoves, NodeGroups, TokenCapacity, MaxReplicas, ReplicaBudget, MaxOffNode)
 R = TypeVar("R")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from moeplace._check import BoolArray, FloatArray, IntArray
 from moeplace.bounds import Bound, layer_floor, lower_bound, mean_bound
-from moeplace.constraints import Constraint, MaxMoves, NodeGroups
+from moeplace.constraints import Constraint, MaxMoves, MaxOffNode, NodeGroups
 from moeplace.dispatch import FIXED
 from moeplace.errors import PlanError, PolicyNotApplicable
 from moeplace.evaluate import Evaluation, evaluate
@@ -241,13 +241,15 @@ def _afresh(run: Run, start: Plan | None, pool: ThreadPoolExecutor) -> None:
         run.offer(state.plan(problem))
         if not run.open.any():
             return
-        for name in RIVALS:
+        local = any(isinstance(rule, MaxOffNode) for rule in problem.constraints)
+        for name in (*RIVALS, "top_k") if local else RIVALS:
             if not run.late(RIVAL_SHARE):
                 try:
                     run.offer(POLICIES[name](problem))
                 except PolicyNotApplicable:
                     continue
-        assert run.best is not None
+        if run.best is None:
+            return
         if problem.windows == 1 and not weighted and problem.node_groups is None:
             _take_better(run, state, run.best.plan)
         if weighted and not problem.constraints:
