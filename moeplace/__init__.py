@@ -6,6 +6,7 @@ Start with `Problem`, `solve` and `evaluate`; the command line is ``moeplace --h
 __version__ = "0.1.0"
 
 from moeplace import instances
+from moeplace.affinity import coactivation, gather
 from moeplace.bounds import Bound, lower_bound, recompute
 from moeplace.compare import compare
 from moeplace.constraints import (
@@ -73,10 +74,12 @@ __all__ = [
     "SolverError",
     "Status",
     "TokenCapacity",
+    "coactivation",
     "compare",
     "diagnose",
     "evaluate",
     "expert_bytes",
+    "gather",
     "instances",
     "lower_bound",
     "rank_plans",
