@@ -398,10 +398,10 @@ def node_groups(instances: Path) -> Iterator[Row]:
 
 
 def dispatch(instances: Path) -> Iterator[Row]:
-    """What a plan for even routing costs under an engine's rule, and one made for it; 1 s each."""
+    """What a plan for even routing costs under an engine's rule, and one made for it; 2 s each."""
     for shape, speeds in itertools.product("AC", ("equal", "het")):
         problems = [generate(shape, seed, speeds=speeds).aggregate() for seed in REPORT_SEEDS]
-        plans = [solve(problem, time_limit=1.0, gap=1e-5).plan for problem in problems]
+        plans = [solve(problem, time_limit=2.0, gap=1e-5).plan for problem in problems]
         ranks = problems[0].ranks
         rules: list[tuple[Routing, int]] = [
             ("ascend", 1), ("sglang-static", 1), ("sglang-static", ranks // 8), ("sglang-lp", 1)
@@ -412,7 +412,7 @@ def dispatch(instances: Path) -> Iterator[Row]:
                 cluster = problem.cluster
                 cluster = Cluster.from_speeds(cluster.speeds, cluster.slots, nodes, "relative")
                 ruled = replace(problem, cluster=cluster, routing=rule)
-                ours = solve(ruled, time_limit=1.0, gap=1e-5)
+                ours = solve(ruled, time_limit=2.0, gap=1e-5)
                 lost, left = _worst_draw(ruled, plan), _worst_draw(ruled, ours.plan)
                 bound = ours.lower_bound / problem.total(problem.fluid)
                 for what, value in (

@@ -300,7 +300,8 @@ def generate(
         "equal": all 1. "het": N(1, 0.05) clipped to 0.85 .. 1.15, and one random rank at 0.85.
         A float s >= 0: evenly spaced from v to (1 + s) v with mean 1, so that max / min - 1
         is s, and shuffled; 0 is equal. An array: measured relative speeds, in rank order.
-    routing : {"even", "weighted"}
+    routing : str
+        As in `Problem`.
 
     Returns
     -------
