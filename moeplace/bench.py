@@ -21,7 +21,7 @@ import numpy as np
 
 from moeplace.bounds import lower_bound
 from moeplace.constraints import MaxMoves, NodeGroups
-from moeplace.dispatch import sources
+from moeplace.dispatch import FIXED, sources
 from moeplace.errors import FormatError, PolicyNotApplicable, ProblemError
 from moeplace.evaluate import Evaluation, evaluate
 from moeplace.hardware import Cluster
@@ -432,6 +432,8 @@ def dispatch(instances: Path) -> Iterator[Row]:
             for what, values in found.items():
                 middle = statistics.median(values)
                 row[what] = f"{middle:.1%}" if what == "recovered" else f"{middle:.4f}"
+            if rule not in FIXED:  # not planned for: the best of plans for even routing
+                del row["recovered"]
             yield row
 
 
