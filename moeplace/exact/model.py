@@ -31,6 +31,7 @@ from scipy import sparse
 from moeplace._check import BoolArray, FloatArray, IntArray
 from moeplace.constraints import CAPACITY_SLACK, MaxMoves
 from moeplace.dispatch import shares
+from moeplace.errors import ProblemError
 from moeplace.evaluate import Evaluation, evaluate
 from moeplace.plan import EMPTY, Plan
 from moeplace.problem import Problem
@@ -276,7 +277,19 @@ def build(
         layers.
     symmetry : bool
         Whether equal ranks and equal experts are ordered.
+
+    Raises
+    ------
+    ProblemError
+        If the formulation does not know the routing or a rule.
     """
+    unknown = None
+    if problem.routing not in ("even", "weighted"):
+        unknown = f"{problem.routing} routing"
+    elif problem.max_off_node is not None:
+        unknown = "MaxOffNode"
+    if unknown is not None:
+        raise ProblemError(f"Exact methods do not know {unknown}: use method auto.")
     coupled = window_weight is None
     weight = problem.window_weight if window_weight is None else window_weight
     unit = (
