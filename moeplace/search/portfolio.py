@@ -37,7 +37,7 @@ from moeplace.search.improve import improve
 from moeplace.search.moves import Moves
 from moeplace.search.nodes import assign
 from moeplace.search.polish import Polish
-from moeplace.search.ruled import Ruled, undrawn
+from moeplace.search.ruled import Ruled, local, undrawn
 from moeplace.search.split import at_best_shares, layer_makespan, resplit
 from moeplace.search.state import BARRED, HELD, PINNED, State, to_slots
 from moeplace.search.window import window
@@ -705,6 +705,11 @@ def _under_rule(run: Run, state: State, pool: ThreadPoolExecutor) -> None:
     if problem.routing == "sglang-static":
         fewer = undrawn(problem, even)
         tries = [(fewer, 1, 0.5), (even, 2, 0.75), (fewer, 4, 1.0)]
+        near = local(problem)
+        if near is not None and problem.max_off_node is not None:
+            tries = [(fewer, 1, 0.3), (near, 1, 0.65), (near, 2, 1.0)]
+        elif near is not None:
+            tries[1] = (near, 2, 0.75)
     for start, part, share in tries:
         left = (layer_floor(problem, run.bound) - problem.mean(run.kept.makespan)) * weight
         left = np.where(run.over(run.kept) > 0, -np.inf, left)

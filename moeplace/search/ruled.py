@@ -193,17 +193,22 @@ def _anneal(  # type: ignore[no-untyped-def]
             total = load[v].sum()
             share[v] = 1.0 / (total * ranks) if total > 0 else 0.0
         _reset(slot, cap, on, nearest, node, ranks_on, holders, deals, count, gone)
+        time_only = _price(
+            weight, load, base, speed, holders, deals, count, time, top, 0.0, gone, share
+        )
         now = _price(weight, load, base, speed, holders, deals, count, time, top, toll, gone, share)
         best = now
         best_slot[:] = slot
-        start = heat[turn, 0] * now
-        slope = (heat[turn, 1] - heat[turn, 0]) * now / trials
+        start = heat[turn, 0] * time_only  # the toll must not warm it up
+        slope = (heat[turn, 1] - heat[turn, 0]) * time_only / trials
         accepted = 0
         for trial in range(trials):
             threshold = start + slope * trial
             dice = random_below(stream, layer, 1 << 30) / float(1 << 30) * steps[-1]
             w = min(np.searchsorted(steps, dice, side="right"), windows - 1)
             g = top[w, 0]
+            if toll > 0 and trial % 2:  # what leaves its node may come from any rank
+                g = random_below(stream, layer, ranks)
             h = random_below(stream, layer, ranks)
             if cap[h] == 0 or cap[g] == 0:
                 continue
@@ -356,6 +361,53 @@ class Ruled:
         over = self.off[:, layers].max(axis=0) > fraction
         toll = self.toll[layers]
         self.toll[layers] = np.where(over, np.maximum(TOLL_RISE * toll, TOLL), TOLL_FALL * toll)
+
+
+def local(problem: Problem) -> Plan | None:
+    """A plan that keeps the most copies on their node under sglang-static: a start for `Ruled`.
+
+    The hottest experts get the spare slots, one copy a node; copies go where a node has none yet,
+    heaviest first, to the rank that is done first. None on one node, or without room.
+    """
+    node = np.unique(np.asarray(problem.cluster.nodes), return_inverse=True)[1]
+    nodes = int(node.max()) + 1
+    if nodes == 1 or problem.replica_budget is not None:
+        return None
+    spare = int(np.minimum(problem.cluster.slots, problem.experts).sum()) - problem.experts
+    begin = problem.cluster.slots.cumsum() - problem.cluster.slots
+    slots = np.full((problem.layers, problem.cluster.total_slots), EMPTY)
+    for layer in range(problem.layers):
+        load, base = problem.mean(problem.tokens)[layer], problem.mean(problem.base)[layer]
+        pinned = problem.pinned[layer]
+        most = np.minimum(problem.most_replicas, nodes)
+        more = np.repeat(np.arange(problem.experts), np.maximum(most - 1, 0))
+        extra = int(np.maximum(pinned.sum(axis=1) - 1, 0).sum())
+        more = more[np.argsort(-load[more], kind="stable")][: max(spare - extra, 0)]
+        count = np.maximum(1 + np.bincount(more, minlength=problem.experts), pinned.sum(axis=1))
+        free, tokens = problem.cluster.slots.copy(), base.copy()
+        near = np.zeros((problem.experts, problem.ranks), dtype=np.bool_)  # its node has a copy
+        held = np.zeros_like(near)
+        turns = [(e, g) for e, g in np.argwhere(pinned)]
+        rest = np.repeat(np.arange(problem.experts), count - pinned.sum(axis=1))
+        barred = ~problem.allowed[layer].all(axis=1)[rest]  # those first: they have less choice
+        turns += [(e, -1) for e in rest[np.lexsort((-(load / count)[rest], ~barred))]]
+        for e, g in turns:
+            if g < 0:
+                open_to = (free > 0) & problem.allowed[layer, e] & ~held[e]
+                if not open_to.any():
+                    if held[e].any():  # a copy less
+                        continue
+                    return None
+                if (open_to & ~near[e]).any():
+                    open_to &= ~near[e]
+                done = (tokens + load[e] / count[e]) / problem.cluster.speeds
+                g = int(np.argmin(np.where(open_to, done, np.inf)))
+            free[g] -= 1
+            slots[layer, begin[g] + free[g]] = e
+            held[e, g] = True
+            near[e] |= node == node[g]
+            tokens[g] += load[e] / count[e]
+    return Plan(slots=slots, rank_slots=problem.cluster.slots, experts=problem.experts)
 
 
 def undrawn(problem: Problem, plan: Plan) -> Plan:

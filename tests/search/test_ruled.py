@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from moeplace.constraints import Forbid, MaxOffNode, MaxReplicas, Pin, ReplicaBudget
 from moeplace.dispatch import FIXED, sources
 from moeplace.evaluate import evaluate
+from moeplace.feasible import least_off_node
 from moeplace.hardware import Cluster
 from moeplace.instances import generate
 from moeplace.plan import Plan
 from moeplace.problem import Problem
 from moeplace.search.construct import adopt
-from moeplace.search.ruled import Ruled, deal, undrawn
+from moeplace.search.ruled import Ruled, deal, local, undrawn
 from moeplace.search.state import State
 from moeplace.solve import solve
 from moeplace.topology import traffic
@@ -156,3 +157,31 @@ def test_plans_keep_copies_on_their_node_where_they_must() -> None:
     found = solve(ruled, work_limit=6_000_000, gap=1e-4)
     assert traffic(one, found.plan).off_node.max() <= most + 1e-9
     assert found.gap < 0.05
+
+
+@given(data=st.data())
+def test_the_local_start_is_legal_and_keeps_the_most_that_can_be(data: st.DataObject) -> None:
+    one = data.draw(tiny_problems(routing="sglang-static", max_ranks=6))
+    nodes = data.draw(st.lists(st.integers(0, 2), min_size=one.ranks, max_size=one.ranks))
+    one = on_nodes(one, nodes)
+    start = local(one)
+    if start is None:
+        return
+    assert not start.duplicates.any()
+    equal = one.ranks % 2 == 0 and one.cluster.slots.min() >= one.experts
+    if equal and sorted(nodes) == [0] * (one.ranks // 2) + [1] * (one.ranks // 2):
+        off = traffic(one, start).off_node
+        assert off == pytest.approx(least_off_node(one), abs=1e-9)
+
+
+def test_the_local_start_reaches_the_bound_at_real_size() -> None:
+    one = generate((2, 256, 288, 32), 0, routing="sglang-static").aggregate()
+    one = replace(one, cluster=Cluster.from_speeds(one.cluster.speeds, 9, 4, "relative"))
+    start = local(one)
+    assert start is not None
+    assert evaluate(one, start).legal
+    assert traffic(one, start).off_node == pytest.approx(least_off_node(one))
+    rules = [Pin(3, 0), Pin(3, 31), Forbid(4, 2), MaxReplicas(2)]
+    ruled = local(replace(one, constraints=rules))
+    assert ruled is not None
+    assert evaluate(replace(one, constraints=rules), ruled).legal
