@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moeplace._check import FloatArray, IntArray, frozen, sum_by
+from moeplace.constraints import CAPACITY_SLACK
 from moeplace.errors import CertificateError
 from moeplace.evaluate import evaluate
 from moeplace.hardware import Cluster
@@ -393,7 +394,7 @@ def _search(
 ) -> tuple[FloatArray, IntArray]:
     from moeplace.bound_kernels import search
 
-    return search(
+    value, source = search(
         -np.sort(-tokens, axis=-1).reshape(-1, problem.experts),
         frozen(base.reshape(-1, problem.ranks)),
         fluid.ravel(),
@@ -401,9 +402,17 @@ def _search(
         _caps(problem),
         problem.routing == "even",
         units.ravel(),
-        problem.capacity,
+        _ceiling(problem),
         _copies(problem),
     )
+    # where capacities leave no placement every makespan is refuted: more than this says nothing
+    return np.minimum(value, 2.0 * longest(problem, tokens, base).ravel()), source
+
+
+def longest(problem: Problem, tokens: FloatArray, base: FloatArray) -> FloatArray:
+    """Time by speeds [...] that no plan exceeds: tokens [..., experts] and base [..., ranks]."""
+    whole = tokens.sum(axis=-1)[..., None] + base
+    return np.asarray((whole / problem.cluster.speeds).max(axis=-1))
 
 
 def lifted_bound(problem: Problem, bound: Bound, better: FloatArray, name: str) -> Bound:
@@ -754,7 +763,7 @@ def _row(problem: Problem, window: int, layer: int) -> Row:
         caps=_caps(problem),
         even=problem.routing == "even",
         unit=float(_units(problem)[window]),
-        capacity=problem.capacity,
+        capacity=_ceiling(problem),
         copies=_copies(problem),
     )
 
@@ -765,6 +774,11 @@ def _above(need: FloatArray | float, room: FloatArray | float) -> np.ndarray[tup
 
 def _caps(problem: Problem) -> IntArray:
     return np.minimum(problem.cluster.slots, problem.experts)
+
+
+def _ceiling(problem: Problem) -> FloatArray:
+    """Most tokens of each rank [ranks] in a legal plan."""
+    return frozen(problem.capacity * (1 + CAPACITY_SLACK))
 
 
 def _copies(problem: Problem) -> int:

@@ -4,6 +4,7 @@ import numpy as np
 from numba import njit
 
 from moeplace._check import IntArray
+from moeplace.constraints import CAPACITY_SLACK
 from moeplace.plan import EMPTY
 from moeplace.problem import Problem
 
@@ -16,7 +17,7 @@ THOROUGH = 2_000_000_000
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _excludes(load, same, room, free, allowed, pinned, alike, masks, at, limit):  # type: ignore[no-untyped-def]
+def _excludes(load, same, room, free, allowed, pinned, most, alike, masks, at, limit):  # type: ignore[no-untyped-def]
     """1 if no placement keeps every rank within its `room`, 0 if one does, -1 if undecided.
 
     `masks` are (ranks as bits, their number), `at` the mask of each expert; the rest [experts],
@@ -50,6 +51,7 @@ def _excludes(load, same, room, free, allowed, pinned, alike, masks, at, limit):
         mask = masks[at[depth], 0]
         share = load[depth] // masks[at[depth], 1]
         fits = mask & ~allowed[depth] == 0 and pinned[depth] & ~mask == 0
+        fits = fits and masks[at[depth], 1] <= most[depth]
         for g in range(ranks):
             if fits and mask >> g & 1:
                 fits = free[g] > 0 and room[g] >= share
@@ -80,7 +82,7 @@ def _excludes(load, same, room, free, allowed, pinned, alike, masks, at, limit):
                 n += 1
         if depth == experts - 1:
             return 0
-        if total < rest[depth + 1]:
+        if total + n < rest[depth + 1]:  # each room may have lost a part to rounding
             continue
         needed = 0
         for e in range(depth + 1, experts):
@@ -120,7 +122,9 @@ class Exhaustive:
         self.base = np.floor(base * self.scale)[self.holds]
         self.free = np.minimum(cluster.slots, problem.experts)[self.holds].astype(np.int64)
         allowed = problem.allowed[layer][np.ix_(order, self.holds)]
-        self.speeds, self.capacity = cluster.speeds[self.holds], problem.capacity[self.holds]
+        self.speeds = cluster.speeds[self.holds]
+        self.capacity = problem.capacity[self.holds] * (1 + CAPACITY_SLACK)
+        self.most = problem.most_replicas[order]
         if not self.fits:
             return
         self.problem, self.layer, self.order = problem, layer, order
@@ -130,6 +134,7 @@ class Exhaustive:
         self.same = np.append(False, self.load[1:] == self.load[:-1])
         self.same[1:] &= self.allowed[1:] == self.allowed[:-1]
         self.same[1:] &= self.pinned[1:] == self.pinned[:-1]
+        self.same[1:] &= self.most[1:] == self.most[:-1]
         kinds = [
             (
                 self.speeds[g],
@@ -164,7 +169,7 @@ class Exhaustive:
         at = np.empty(self.load.size, dtype=np.int64)
         answer = _excludes(
             self.load, self.same, np.floor(room).astype(np.int64), self.free.copy(), self.allowed,
-            self.pinned, self.alike, self.masks, at, nodes,
+            self.pinned, self.most, self.alike, self.masks, at, nodes,
         )  # fmt: skip
         if answer != 0:
             return (True if answer == 1 else None), None

@@ -12,6 +12,11 @@ Time of a fixed placement, per window, with b_g the base load and v_g the speed 
   inside R only) / (speed of R). This is the best split: by max-flow / min-cut, tokens fit in
   time T if and only if no set of ranks must run more than it can by T. `split_optimum` says
   the same with a linear program; a test holds the two together.
+
+Token capacities: no rank (even) or set of ranks (weighted) may have to run more tokens than its
+capacity. By T a set R can run the least, over its parts A, of T x (speed of A) + (capacity of the
+rest), so under weighted routing its time is the largest over A of (what it must run - capacity of
+the rest) / (speed of A).
 """
 
 import math
@@ -20,7 +25,16 @@ from itertools import product
 import numpy as np
 from scipy.optimize import linprog
 
-from moeplace.constraints import Forbid, MaxMoves, NodeGroups, Pin
+from moeplace.constraints import (
+    CAPACITY_SLACK,
+    Forbid,
+    MaxMoves,
+    MaxReplicas,
+    NodeGroups,
+    Pin,
+    ReplicaBudget,
+    TokenCapacity,
+)
 from moeplace.plan import EMPTY
 from moeplace.problem import Problem
 
@@ -33,26 +47,40 @@ Key = tuple[float, ...]
 def optimum(problem: Problem) -> float:
     """Least objective over all legal plans; infinity if constraints leave none.
 
-    Layers are solved apart and their undominated times (and moves, under a total budget of
-    moves) combined. For a mean over windows without such a budget that is one time a layer; for
-    the worst window it is the times of all windows.
+    Layers are solved apart and their undominated times (and moves and replicas, under a total
+    budget of these) combined. For a mean over windows without such a budget that is one time a
+    layer; for the worst window and CVaR it is the times of all windows.
     """
-    unknown = {type(c) for c in problem.constraints} - {Pin, Forbid, MaxMoves, NodeGroups}
+    known = {Pin, Forbid, MaxMoves, NodeGroups, TokenCapacity, MaxReplicas, ReplicaBudget}
+    unknown = {type(c) for c in problem.constraints} - known
     assert not unknown, f"the oracle knows no {unknown}"
+    assert problem.cluster.planes is None, "the oracle knows no latency planes"
     fronts = [_Search(problem, layer).front() for layer in range(problem.layers)]
     if not all(fronts):
         return math.inf
     budget = problem.max_moves
     limit = math.inf if budget is None or budget.total is None else budget.total
+    most = math.inf if problem.replica_budget is None else problem.replica_budget
     totals: list[Key] = [(0.0,) * len(fronts[0][0])]
     for weight, front in zip(problem.layer_weight.tolist(), fronts, strict=True):
         sums: list[Key] = []
-        for (*times, moves), (*more, moved) in product(totals, front):
-            if moves + moved <= limit:
+        for (*times, moves, held), (*more, moved, copies) in product(totals, front):
+            if moves + moved <= limit and held + copies <= most:
                 time = [t + weight * k for t, k in zip(times, more, strict=True)]
-                _keep(sums, (*time, moves + moved))
+                _keep(sums, (*time, moves + moved, held + copies))
         totals = sums
-    return min((max(times) for *times, _ in totals), default=math.inf)
+    return min((_combined(problem, times) for *times, _, _ in totals), default=math.inf)
+
+
+def _combined(problem: Problem, steps: list[float]) -> float:
+    """Objective of the step times of all windows, or of what they already combine to."""
+    if len(steps) == 1 or problem.objective != "cvar":
+        return max(steps)
+    weights, tail = problem.window_weight.tolist(), 1 - problem.cvar_alpha
+    return min(
+        t + math.fsum(p * max(z - t, 0.0) for p, z in zip(weights, steps, strict=True)) / tail
+        for t in steps
+    )
 
 
 def split_optimum(problem: Problem, layer: int, masks: list[int]) -> list[float]:
@@ -62,6 +90,7 @@ def split_optimum(problem: Problem, layer: int, masks: list[int]) -> list[float]
     of each replica; minimise T where every expert's tokens are run and no rank passes T.
     """
     ranks, speeds = problem.ranks, problem.cluster.speeds
+    full = np.isfinite(problem.capacity)
     pairs = [(e, g) for e, mask in enumerate(masks) for g in range(ranks) if mask >> g & 1]
     served = np.zeros((len(masks), 1 + len(pairs)))
     load = np.zeros((ranks, 1 + len(pairs)))
@@ -73,9 +102,17 @@ def split_optimum(problem: Problem, layer: int, masks: list[int]) -> list[float]
     times = []
     for window in range(problem.windows):
         tokens, base = problem.tokens[window, layer], problem.base[window, layer]
-        found = linprog(cost, A_ub=load, b_ub=-base, A_eq=served, b_eq=tokens, method="highs")
-        assert found.status == 0, found.message
-        times.append(float(found.fun))
+        most = load[full] * (np.arange(load.shape[1]) > 0)
+        found = linprog(
+            cost,
+            A_ub=np.concatenate([load, most]),
+            b_ub=np.append(-base, (problem.capacity - base)[full]),
+            A_eq=served,
+            b_eq=tokens,
+            method="highs",
+        )
+        assert found.status in (0, 2), found.message
+        times.append(math.inf if found.status == 2 else float(found.fun))
     return times
 
 
@@ -94,6 +131,9 @@ class _Search:
             sets = [1 << g for g in range(ranks)] + [every]
         else:
             sets = list(range(1, every + 1))
+        capped = problem.routing == "weighted" and bool(np.isfinite(problem.capacity).any())
+        part = [(s, a) for s in sets for a in sets if a == s or (capped and a & ~s == 0)]
+        sets = [s for s, _ in part]
         inside = np.array([[s >> g & 1 for s in sets] for g in range(ranks)], dtype=float)
         self.share = np.zeros((every + 1, len(sets)))
         for mask in range(1, every + 1):
@@ -101,13 +141,22 @@ class _Search:
                 self.share[mask] = [(mask & s).bit_count() / mask.bit_count() for s in sets]
             else:
                 self.share[mask] = [mask & ~s == 0 for s in sets]
-        self.share[:, -1] = 0.0  # all tokens lie inside all ranks from the start
-        self.speed = cluster.speeds @ inside
+        whole = np.array(sets) == every  # all tokens lie inside all ranks from the start
+        self.share[:, whole] = 0.0
+        faster = np.array([[a >> g & 1 for _, a in part] for g in range(ranks)], dtype=float)
+        self.speed = cluster.speeds @ faster
+        capacity = problem.capacity * (1 + CAPACITY_SLACK)
+        capacity = np.minimum(capacity, 1e18)  # so that 0 ranks of it are none
+        self.rest = capacity @ (inside - faster)
+        self.most = capacity @ inside
         self.tokens = problem.tokens[:, layer]
         self.start = problem.base[:, layer] @ inside
-        self.start[:, -1] += self.tokens.sum(axis=1)
+        self.start[:, whole] += self.tokens.sum(axis=1)[:, None]
+        self.problem = problem
         self.weight = problem.window_weight
         self.mean = problem.objective == "mean"
+        self.limit = problem.most_replicas.tolist()
+        self.counted = problem.replica_budget is not None
         self.scalar = self.mean or problem.layers == 1
         self.order = np.argsort(-self.tokens.sum(axis=0), kind="stable").tolist()
         allowed, pinned = problem.allowed[layer], problem.pinned[layer]
@@ -135,6 +184,7 @@ class _Search:
                 *allowed[:, g],
                 *pinned[:, g],
                 *had[:, g],
+                problem.capacity[g],
                 self.one_node and cluster.nodes[g],
             )
             for g in range(ranks)
@@ -144,19 +194,23 @@ class _Search:
         self.found: list[Key] = []
 
     def front(self) -> list[Key]:
-        """Undominated keys: one time, or [windows] where layers are coupled; then moves.
+        """Undominated keys: one time, or [windows] where layers are coupled; then moves, replicas.
 
-        Moves are 0 unless all layers share a budget of them.
+        These are 0 unless all layers share a budget of them.
         """
-        self._place(0, [0] * len(self.slots), self.start, 0)
+        self._place(0, [0] * len(self.slots), self.start, 0, 0)
         return self.found
 
-    def _place(self, depth: int, held: list[int], tokens: np.ndarray, moves: int) -> None:
+    def _place(
+        self, depth: int, held: list[int], tokens: np.ndarray, moves: int, copies: int
+    ) -> None:
         budget = self.budget
         if budget is not None and budget.per_layer is not None and moves > budget.per_layer:
             return
         counted = moves if budget is not None and budget.total is not None else 0
-        key = (*self._times(tokens), counted)
+        if (tokens > self.most * (1 + 1e-13)).any():
+            return
+        key = (*self._times(tokens), counted, copies if self.counted else 0)
         if _covered(self.found, key):
             return
         if depth == len(self.order):
@@ -167,6 +221,8 @@ class _Search:
         for mask in self.masks:
             if mask & full or mask & ~self.allowed[expert] or self.pinned[expert] & ~mask:
                 continue
+            if mask.bit_count() > self.limit[expert]:
+                continue
             if not self._first_of_its_kind(mask, held):
                 continue
             if self.one_node and not self._on_one_node(mask, expert, held):
@@ -174,7 +230,8 @@ class _Search:
             after = [h | (mask >> g & 1) << expert for g, h in enumerate(held)]
             added = np.outer(self.tokens[:, expert], self.share[mask])
             received = (mask & ~self.had[expert]).bit_count()
-            self._place(depth + 1, after, tokens + added, moves + received)
+            number = copies + mask.bit_count()
+            self._place(depth + 1, after, tokens + added, moves + received, number)
 
     def _on_one_node(self, mask: int, expert: int, held: list[int]) -> bool:
         """Whether the expert's group, with these ranks for the expert, stays on one node."""
@@ -193,10 +250,10 @@ class _Search:
         return True
 
     def _times(self, tokens: np.ndarray) -> Key:
-        times = (tokens / self.speed).max(axis=1)
+        times = ((tokens - self.rest) / self.speed).max(axis=1)
         if self.mean:
             return (math.fsum(times * self.weight),)
-        return (float(times.max()),) if self.scalar else tuple(times.tolist())
+        return (_combined(self.problem, times.tolist()),) if self.scalar else tuple(times.tolist())
 
 
 def _covered(front: list[Key], key: Key) -> bool:

@@ -5,7 +5,14 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from moeplace.constraints import Constraint, Forbid, Pin
+from moeplace.constraints import (
+    Constraint,
+    Forbid,
+    MaxReplicas,
+    Pin,
+    ReplicaBudget,
+    TokenCapacity,
+)
 from moeplace.hardware import Cluster
 from moeplace.loads import LoadHistogram
 from moeplace.plan import EMPTY, Plan
@@ -60,9 +67,14 @@ def tiny_problems(
     max_windows: int = 1,
     base: bool = True,
     constraints: bool = False,
+    limits: bool = False,
     whole: bool | None = None,
 ) -> Problem:
-    """Problems that brute force can solve, with everything that is odd but legal."""
+    """Problems that brute force can solve, with everything that is odd but legal.
+
+    `constraints` draws pins and forbids, and limits of replicas for each expert; `limits` also
+    token capacities and a budget of replicas, rarely too small for any plan.
+    """
     experts = draw(st.integers(1, max_experts))
     ranks = draw(st.integers(1, max_ranks))
     windows = draw(st.integers(1, max_windows))
@@ -73,7 +85,8 @@ def tiny_problems(
     tokens = draw(st.lists(entry, min_size=count, max_size=count))
     options: dict[str, Any] = {"routing": routing or draw(st.sampled_from(["even", "weighted"]))}
     if windows > 1:
-        options["objective"] = draw(st.sampled_from(["mean", "worst"]))
+        options["objective"] = draw(st.sampled_from(["mean", "worst", "cvar"]))
+        options["cvar_alpha"] = draw(st.sampled_from([0.0, 0.3, 0.5, 0.9]))
         options["window_weight"] = draw(
             st.lists(st.integers(1, 3), min_size=windows, max_size=windows)
         )
@@ -87,8 +100,13 @@ def tiny_problems(
         options["base_load"] = np.reshape(loads, (windows, layers, ranks))
     if constraints:
         options["constraints"] = draw(rules(layers, experts, ranks))
+    loads = np.reshape(tokens, (windows, layers, experts))
+    if limits:
+        total = loads.sum(axis=2) + np.sum(options.get("base_load", 0.0), axis=-1)
+        more = draw(limiting(layers, experts, ranks, float(total.max())))
+        options["constraints"] = options.get("constraints", []) + more
     return Problem(
-        LoadHistogram(tokens=np.reshape(tokens, (windows, layers, experts))),
+        LoadHistogram(tokens=loads),
         Cluster(
             speeds=draw(st.lists(SPEEDS, min_size=ranks, max_size=ranks)),
             slots=draw(slot_counts(experts, ranks)),
@@ -99,8 +117,12 @@ def tiny_problems(
 
 @st.composite
 def rules(draw: st.DrawFn, layers: int, experts: int, ranks: int) -> list[Constraint]:
-    """A few pins and forbids, which may leave no placement at all."""
-    return draw(
+    """A few pins and forbids, which may leave no placement at all, and limits of replicas."""
+    few: list[Constraint] = []
+    if draw(st.integers(0, 3)) == 3:
+        most = st.lists(st.integers(1, 3), min_size=experts, max_size=experts)
+        few.append(MaxReplicas(draw(st.one_of(st.integers(1, 2), most.map(np.array)))))
+    return few + draw(
         st.lists(
             st.builds(
                 lambda kind, expert, rank, layer: kind(expert, rank, layer),
@@ -112,6 +134,21 @@ def rules(draw: st.DrawFn, layers: int, experts: int, ranks: int) -> list[Constr
             max_size=4,
         )
     )
+
+
+@st.composite
+def limiting(
+    draw: st.DrawFn, layers: int, experts: int, ranks: int, total: float
+) -> list[Constraint]:
+    """Token capacities next to the fair share of `total`, and a budget of replicas, or one."""
+    few: list[Constraint] = []
+    which = draw(st.integers(0, 2))
+    if which != 1:
+        part = st.lists(st.sampled_from([0.8, 1.0, 1.3, 2.0]), min_size=ranks, max_size=ranks)
+        few.append(TokenCapacity(np.array(draw(part)) * (total / ranks + 1.0)))
+    if which != 0 and layers * experts > 1:
+        few.append(ReplicaBudget(layers * experts + draw(st.sampled_from([0, 1, 2, 3, 4, -1]))))
+    return few
 
 
 @st.composite

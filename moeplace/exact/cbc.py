@@ -1,5 +1,7 @@
 """CBC through PuLP, and the model files that PuLP writes."""
 
+import re
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -12,20 +14,24 @@ from moeplace.exact.model import Model
 from moeplace.exact.solvers import Answer, Request, lowered
 
 
+#: Seconds that CBC has to write its solution once it was told to stop.
+PATIENCE = 3.0
+
+
 def to_pulp(model: Model, hint: Any = None) -> tuple[Any, list[Any]]:
     """The model and its variables in PuLP's terms; `hint` [columns] as initial values."""
     import pulp
 
+    made = pulp.LpProblem("moeplace", pulp.LpMinimize)
     variables = []
     for n, name in enumerate(model.columns):
         low, high = float(model.low[n]), float(model.high[n])
         category = pulp.LpInteger if model.whole[n] else pulp.LpContinuous
         top = high if np.isfinite(high) else None
-        variable = pulp.LpVariable(name, low, top, category)
+        variable = made.add_variable(name, low, top, category)
         if hint is not None and not np.isnan(hint[n]):
             variable.setInitialValue(float(np.clip(hint[n], low, high)), check=False)
         variables.append(variable)
-    made = pulp.LpProblem("moeplace", pulp.LpMinimize)
     priced = np.flatnonzero(model.cost)
     cost = pulp.LpAffineExpression([(variables[n], float(model.cost[n])) for n in priced])
     made += cost + float(model.constant)
@@ -52,61 +58,81 @@ def to_pulp(model: Model, hint: Any = None) -> tuple[Any, list[Any]]:
 
 
 def solve(model: Model, request: Request) -> Answer:
-    """Solve by CBC. PuLP's own status says Optimal at a time limit: `sol_status` is read instead.
+    """Solve by the CBC that comes with PuLP, from files that PuLP writes and reads.
 
-    PuLP passes no bound on; CBC's log has it, and says when the gap was closed.
+    PuLP's own status says Optimal at a time limit, and it passes no bound on: CBC's log says how
+    it ended, and its bound. It runs apart from the terminal, so that Ctrl-C reaches it once.
     """
     import pulp
 
-    made, variables = to_pulp(model, request.hint)
-    options = [
-        "ratioGap 0",
-        "allowableGap 0",
-        "primalTolerance 1e-9",
-        f"randomCbcSeed {request.seed + 1}",
-    ]
-    if request.gap:
-        options[0] = f"ratioGap {request.gap}"
-    options += [f"{name} {value}" for name, value in request.options.items()]
     with tempfile.TemporaryDirectory(prefix="moeplace-cbc-") as folder:
-        log = Path(folder) / "cbc.log"
-        solver = pulp.PULP_CBC_CMD(
-            msg=False,
-            timeLimit=None if request.seconds is None else max(request.seconds, 0.01),
-            threads=request.workers if request.workers > 1 else None,
-            warmStart=request.hint is not None,
-            options=options,
-            logPath=str(log),
-            keepFiles=False,
+        mps, start, log, solution = (
+            str(Path(folder) / name) for name in ("model.mps", "start.mst", "cbc.log", "cbc.sol")
         )
-        solver.tmpDir = folder
+        made, variables = to_pulp(model, request.hint)
+        cbc = pulp.COIN_CMD(path=pulp.apis.coin_api.pulp_cbc_path)
+        written, names, rows, _ = made.writeMPS(mps, rename=1)
+        options: dict[str, Any] = {
+            "threads": request.workers if request.workers > 1 else None,
+            "sec": None if request.seconds is None else max(request.seconds, 0.01),
+            "timeMode": "elapsed",
+            "ratioGap": request.gap,
+            "allowableGap": 0,
+            "primalTolerance": 1e-9,
+            "randomCbcSeed": request.seed + 1,
+            **request.options,
+        }
+        command = [cbc.path, mps]
+        if request.hint is not None:
+            cbc.writesol(start, made, written, names, rows)
+            command += ["-mips", start]
+        for name, value in options.items():
+            if value is not None:
+                command += [f"-{name}", str(value)]
+        command += ["-solve", "-printingOptions", "all", "-solution", solution]
         try:
-            made.solve(solver)
-        except (pulp.PulpSolverError, subprocess.SubprocessError, OSError) as cause:
+            _run(command, log, request)
+            lines = Path(log).read_text(errors="replace").splitlines()
+            _, found, _, _, _, status = cbc.readsol_MPS(solution, made, written, names, rows)
+        except OSError as cause:  # killed before it wrote anything
             if request.stop is not None and request.stop.called:
                 return Answer(ended="unknown", bound=-np.inf)
             raise SolverError(f"CBC failed: {cause}") from cause
-        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    if request.log is not None:
-        for line in lines:
+    for line in lines:
+        if request.log is not None:
             request.log(line)
     text = "\n".join(lines)
-    bound = -np.inf
-    for line in lines:
-        if line.startswith("Lower bound:"):
-            bound = float(line.split(":")[1])
-    if made.sol_status in (pulp.LpSolutionInfeasible, pulp.LpSolutionUnbounded) and (
-        "proven infeasible" in text or "is infeasible" in text
-    ):
+    if status == pulp.LpSolutionInfeasible and "infeasible" in text:
         return Answer(ended="infeasible", bound=np.inf)
-    if made.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
-        return Answer(ended="unknown", bound=-np.inf)
-    values = np.array([float(variable.varValue or 0.0) for variable in variables])
-    proven = made.sol_status == pulp.LpSolutionOptimal and "Optimal solution found" in text
-    if proven:
-        bound = float(model.cost @ values)
+    proven = status == pulp.LpSolutionOptimal and "Result - Optimal solution found" in text
+    solved = proven or status == pulp.LpSolutionIntegerFeasible
+    values = np.array([found[variable.name] for variable in variables], dtype=float)
+    bound = -np.inf
+    if possible := re.findall(r"best possible (\S+?)[,)]? ", text):
+        bound = float(possible[-1])
+    elif rounded := re.findall(r"^Lower bound: +(\S+)", text, re.MULTILINE):
+        bound = float(rounded[-1]) - 5e-4  # three digits, rounded up as well as down
+    elif proven and request.gap == 0:
+        bound = float(model.cost @ values)  # then CBC writes the objective alone
     return Answer(
-        ended="optimal" if proven else "feasible",
+        ended="optimal" if proven else "feasible" if solved else "unknown",
         bound=lowered(bound) + model.constant,
-        values=values,
+        values=values if solved else None,
     )
+
+
+def _run(command: list[str], log: str, request: Request) -> None:
+    """Run CBC until it ends, or is told to stop and does so soon."""
+    with Path(log).open("w") as out:
+        running = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+        )
+        if request.stop is not None:
+            request.stop.on_stop(lambda: running.send_signal(signal.SIGINT))
+        while True:
+            try:
+                running.wait(PATIENCE)
+                return
+            except subprocess.TimeoutExpired:
+                if request.stop is not None and request.stop.called:
+                    running.kill()

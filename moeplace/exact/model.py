@@ -29,7 +29,8 @@ import numpy as np
 from scipy import sparse
 
 from moeplace._check import BoolArray, FloatArray, IntArray
-from moeplace.constraints import MaxMoves
+from moeplace.constraints import CAPACITY_SLACK, MaxMoves
+from moeplace.dispatch import shares
 from moeplace.evaluate import Evaluation, evaluate
 from moeplace.plan import EMPTY, Plan
 from moeplace.problem import Problem
@@ -78,6 +79,7 @@ class Model:
     layers: tuple[int, ...]
     held: IntArray
     blocks: "list[_LayerColumns]"
+    combined: tuple[int, ...] = ()  # worst step; or the quantile and each window's excess over it
 
     def slots(self, problem: Problem, values: FloatArray) -> IntArray:
         """Slots [layers modelled, slots] of a solution [columns]."""
@@ -96,15 +98,28 @@ class Model:
     def values(self, problem: Problem, plan: Plan) -> FloatArray:
         """A plan as a solution [columns]: a start for solvers that take one.
 
-        Columns that combine windows are left at NaN: solvers complete them.
+        NaN in columns for replicas that the model left out since no better plan has them.
         """
         found = np.full(self.cost.size, np.nan)
         priced = evaluate(problem, plan)
+        share = shares(problem, plan)
+        share = np.broadcast_to(share, (problem.windows, *share.shape[-2:]))
         for block in self.blocks:
-            block.fill(found, plan, priced.rank_tokens[block.window, block.layer])
+            tokens = priced.rank_tokens[block.window, block.layer]
+            block.fill(found, plan, share[:, block.layer], tokens)
             for window, column in enumerate(block.time):
                 if column >= 0:
                     found[column] = priced.makespan[window, block.layer] / block.unit[window]
+        if self.combined:
+            steps = priced.step_seconds / self.unit
+            level, *excess = self.combined
+            found[level] = steps.max()
+            if excess:
+                tail = 1 - problem.cvar_alpha
+                over = np.maximum(steps[:, None] - steps, 0.0)  # [windows, levels]
+                price = steps + problem.window_weight @ over / tail
+                found[level] = steps[price.argmin()]
+                found[excess] = over[:, price.argmin()]
         return found
 
 
@@ -117,6 +132,7 @@ class _LayerColumns:
     unit: FloatArray  # [windows]
     window: int  # the one with most tokens, by which equal ranks are ordered
     place: IntArray  # weighted: [experts, ranks] columns of x, -1 where none
+    share: IntArray  # weighted: [windows, experts, ranks] columns of y, -1 where none
     level: list[tuple[IntArray, int]]  # of each expert: fewest copies [levels], column of z or -1
     alike: list[list[int]]  # ranks that may be exchanged
     at: dict[tuple[int, int], IntArray]  # (expert, level) -> [ranks] columns, -1 where none
@@ -125,15 +141,24 @@ class _LayerColumns:
     groups: IntArray | None
     nodes: IntArray | None
 
-    def fill(self, values: FloatArray, plan: Plan, tokens: FloatArray) -> None:
-        """Write the plan, under which ranks run `tokens` [ranks], into `values` [columns]."""
+    def fill(
+        self, values: FloatArray, plan: Plan, split: FloatArray, tokens: FloatArray
+    ) -> None:
+        """Write the plan into `values` [columns].
+
+        Slots take shares `split` [windows, slots] of their experts, ranks run `tokens` [ranks].
+        """
         held = np.zeros((plan.experts, plan.ranks), dtype=np.bool_)
         row = plan.slots[self.layer]
-        held[row[row >= 0], plan.rank_of_slot[row >= 0]] = True
+        used, at = row[row >= 0], plan.rank_of_slot[row >= 0]
+        held[used, at] = True
+        share = np.zeros((len(self.time), *held.shape))
+        share[:, used, at] = split[:, row >= 0]
         for ranks in self.alike:  # in the order that the model asks for
             carried = np.array([tokens[rank] for rank in ranks])
             order = np.argsort(-carried, kind="stable")
             held[:, ranks] = held[:, [ranks[n] for n in order]]
+            share[:, :, ranks] = share[:, :, [ranks[n] for n in order]]
         for expert, options in self.options.items():
             here = frozenset(np.flatnonzero(held[expert]).tolist())
             before = frozenset[int]().union(*(kept for _, kept, _ in options))
@@ -159,6 +184,7 @@ class _LayerColumns:
         else:
             used = self.place >= 0
             values[self.place[used]] = held[used]
+            values[self.share[self.share >= 0]] = share[self.share >= 0]
         if self.node is not None:
             assert self.groups is not None
             assert self.nodes is not None
@@ -213,7 +239,9 @@ class _Builder:
         index = np.concatenate(self.index) if self.index else np.zeros(0, dtype=np.int64)
         value = np.concatenate(self.value) if self.value else np.zeros(0)
         shape = (len(self.length), len(self.columns))
-        return sparse.csr_array((value, index, start), shape=shape)
+        rows = sparse.csr_array((value, index, start), shape=shape)
+        rows.sum_duplicates()  # a choice that keeps several replicas counts each
+        return rows
 
 
 def build(
@@ -272,7 +300,8 @@ def build(
             if block.time[window] >= 0:
                 time_columns[window, layer] = (block.time[window], scale * block.unit[window])
             else:
-                constant[window] += scale * bound[window, layer]
+                idle = problem.cluster.seconds(problem.base[window, layer]).max()
+                constant[window] += scale * max(float(idle), bound[window, layer])
         moves += [(column, 1.0) for column in block.received]
         replicas += [entry[0] for entry in block.held]
     rules = problem.max_moves
@@ -289,7 +318,7 @@ def build(
         [(column, scale / unit) for (w, _), (column, scale) in time_columns.items() if w == window]
         for window in range(problem.windows)
     ]
-    fixed = _combine(make, problem, steps, constant / unit, weight, coupled)
+    fixed, combined = _combine(make, problem, steps, constant / unit, weight, coupled)
     return Model(
         cost=np.array(make.cost),
         low=np.array(make.low),
@@ -305,6 +334,7 @@ def build(
         layers=tuple(int(layer) for layer in layers),
         held=np.concatenate(held),
         blocks=blocks,
+        combined=combined,
     )
 
 
@@ -315,8 +345,10 @@ def _combine(
     constant: FloatArray,
     weight: FloatArray,
     coupled: bool,
-) -> float:
-    """The objective over windows of step times (lists of (column, factor)); returns its constant.
+) -> tuple[float, tuple[int, ...]]:
+    """The objective over windows of step times (lists of (column, factor)).
+
+    Returns its constant, and the columns that combine windows.
 
     Worst: Z >= step_w for every window. CVaR: t + sum_w p_w s_w / (1 - alpha) with
     s_w >= step_w - t (Rockafellar and Uryasev 2000).
@@ -325,7 +357,7 @@ def _combine(
         for window, terms in enumerate(steps):
             for column, factor in terms:
                 make.cost[column] += float(weight[window]) * factor
-        return float(weight @ constant)
+        return float(weight @ constant), ()
     most = max(
         float(limit) + sum(make.high[column] * factor for column, factor in terms)
         for limit, terms in zip(constant, steps, strict=True)
@@ -333,16 +365,18 @@ def _combine(
     worst = problem.objective == "worst"
     share = 1.0 if worst else 1.0 / (1.0 - problem.cvar_alpha)
     level = make.column("worst" if worst else "quantile", 0.0, most, cost=1.0)
+    columns = [level]
     for window, terms in enumerate(steps):
         index, value = [c for c, _ in terms], [f for _, f in terms]
         index.append(level)
         value.append(-1.0)
         if not worst:
             price = float(weight[window]) * share
-            index.append(make.column(f"excess_w{window}", 0.0, most, cost=price))
+            columns.append(make.column(f"excess_w{window}", 0.0, most, cost=price))
+            index.append(columns[-1])
             value.append(-1.0)
         make.row(f"step_w{window}", index, value, -np.inf, -float(constant[window]))
-    return 0.0
+    return 0.0, tuple(columns)
 
 
 class _Layer:
@@ -354,6 +388,7 @@ class _Layer:
         self.problem, self.layer, self.make = problem, layer, make
         cluster = problem.cluster
         self.tokens, self.base = problem.tokens[:, layer], problem.base[:, layer]
+        self.capacity = problem.capacity * (1 + CAPACITY_SLACK)
         self.cutoff, self.bound = cutoff, bound
         self.busy: BoolArray = np.asarray(self.tokens.any(axis=1))
         self.unit = np.where(bound > 0, bound, 1.0)
@@ -364,6 +399,7 @@ class _Layer:
         self.received: list[int] = []
         self.time = [-1] * problem.windows
         self.place = np.full((problem.experts, problem.ranks), -1)
+        self.share = np.full((problem.windows, problem.experts, problem.ranks), -1)
         self.level: list[tuple[IntArray, int]] = []
         self.top: list[IntArray] = []  # most copies of each level
         self.alike: list[list[int]] = []
@@ -382,7 +418,8 @@ class _Layer:
         """All columns and rows of the layer."""
         problem, make, layer = self.problem, self.make, self.layer
         for window in np.flatnonzero(self.busy).tolist():
-            low = self.bound[window] / self.unit[window]
+            idle = problem.cluster.seconds(self.base[window])[self.caps == 0]
+            low = max(float(idle.max(initial=0.0)), self.bound[window]) / self.unit[window]
             high = min(self.cutoff[window], self._longest(window)) / self.unit[window]
             high = max(low, high * (1 + 1e-9))
             self.time[window] = make.column(f"T_l{layer}_w{window}", low, high)
@@ -390,11 +427,19 @@ class _Layer:
             self._even()
         else:
             self._weighted()
+        for expert, rank in np.argwhere(self.pinned & ~self.allowed).tolist():
+            self._never(f"pin_l{layer}_e{expert}_g{rank}")
+        for window, rank in np.argwhere(self.base > self.capacity).tolist():
+            self._never(f"capacity_l{layer}_w{window}_g{rank}")
         self._slots()
         self._rules()
         self._times()
         if symmetry:
             self._symmetry()
+
+    def _never(self, name: str) -> None:
+        """A row that no solution obeys: what it is named for excludes every plan."""
+        self.make.row(name, [self.make.column(f"never_{name}", 0.0, 0.0)], 1.0, 1.0, np.inf)
 
     def _longest(self, window: int) -> float:
         """Makespan if the slowest rank ran everything: no plan is slower."""
@@ -412,6 +457,7 @@ class _Layer:
             window=self.window,
             alike=[ranks for ranks in self.alike if len(ranks) > 1],
             place=self.place,
+            share=self.share,
             level=self.level,
             at=self.at,
             options=self.options,
@@ -563,7 +609,7 @@ class _Layer:
     def _room(self, window: int) -> FloatArray:
         """Tokens [ranks] that ranks can run within the cutoff beside their base load."""
         most = self.cutoff[window] * (1 + 1e-9) * self.problem.cluster.speeds
-        room = np.minimum(most, self.problem.capacity) - self.base[window]
+        room = np.minimum(most, self.capacity) - self.base[window]
         return np.asarray(np.maximum(room, 0.0))
 
     def _too_heavy(self, expert: int, count: int) -> BoolArray:
@@ -577,7 +623,6 @@ class _Layer:
         """Shares y_weg <= x_eg are chosen in each window."""
         problem, make, layer = self.problem, self.make, self.layer
         most = np.minimum(problem.most_replicas, self.allowed.sum(axis=1))
-        self.share = np.full((problem.windows, problem.experts, problem.ranks), -1)
         for expert in range(problem.experts):
             for rank in np.flatnonzero(self.allowed[expert]).tolist():
                 name = f"x_l{layer}_e{expert}_g{rank}"
@@ -674,8 +719,8 @@ class _Layer:
                     label = f"time_{name}" if planes is None else f"time_{name}_k{k}"
                     index = [*columns, self.time[window]]
                     make.row(label, index, [*value, -1.0], -np.inf, -fixed)
-                capacity = problem.capacity[rank]
-                if np.isfinite(capacity) and tokens.sum() + base > capacity:
+                capacity = self.capacity[rank]
+                if base <= capacity < base + tokens.sum():
                     scale = capacity if capacity > 0 else 1.0
                     room = (capacity - base) / scale
                     make.row(f"capacity_{name}", columns, tokens / scale, -np.inf, room)
