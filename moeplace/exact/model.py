@@ -518,7 +518,7 @@ class _Layer:
                 for column in used:
                     make.row(f"on_{make.columns[column]}", [column, z + n], [1, -1], -np.inf, 0)
             if z >= 0:
-                for rank in np.flatnonzero(self.pinned[expert]).tolist():
+                for rank in np.flatnonzero(self.pinned[expert] & self.allowed[expert]).tolist():
                     every = [self.at[expert, n][rank] for n in range(counts.size)]
                     held = [column for column in every if column >= 0]
                     make.row(f"pin_l{layer}_e{expert}_g{rank}", held, 1.0, 1.0, np.inf)
@@ -538,7 +538,7 @@ class _Layer:
         limit = int(rules.allowance()[layer])
         if rules.total is not None:
             limit = min(limit, rules.total)
-        pinned = set(np.flatnonzero(self.pinned[expert]).tolist())
+        pinned = set(np.flatnonzero(self.pinned[expert] & self.allowed[expert]).tolist())
         elsewhere = np.flatnonzero(self.allowed[expert] & ~self.old[expert]).tolist()
         limit = min(limit, len(elsewhere))
         if 2 ** len(before) * (limit + 1) > OPTIONS:
@@ -629,7 +629,7 @@ class _Layer:
                 pinned = bool(self.pinned[expert, rank])
                 self.place[expert, rank] = self._replica(name, expert, rank, pinned)
             used = self.place[expert][self.place[expert] >= 0]
-            make.row(f"copies_l{layer}_e{expert}", used, 1.0, 1.0, float(most[expert]))
+            make.row(f"copies_l{layer}_e{expert}", used, 1.0, 1.0, max(float(most[expert]), 1.0))
         for window in np.flatnonzero(self.busy).tolist():
             for expert in np.flatnonzero(self.tokens[window] > 0).tolist():
                 ranks = np.flatnonzero(self.place[expert] >= 0).tolist()

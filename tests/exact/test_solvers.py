@@ -39,7 +39,8 @@ def assert_solved(name: str, one: Problem, model: Model, answer: Answer, best: f
     found = price(one, model.slots(one, answer.values))
     assert answer.bound * model.unit <= best * (1 + 1e-9)
     assert answer.bound >= best / model.unit * (1 - CLOSE[name]) - CLOSE[name]
-    assert best * (1 - 1e-9) <= found <= best + CLOSE[name] * model.unit
+    loose = 1e-6 if np.isfinite(one.capacity).any() else 0.0  # shares come from a linear program
+    assert best * (1 - 1e-9) - loose <= found <= best + CLOSE[name] * model.unit + loose
 
 
 @pytest.mark.parametrize("feature", FEATURES)
