@@ -211,7 +211,8 @@ def _auto(run: "Run", start: Plan | None) -> None:
                 run.bound = lifted_bound(problem, run.bound, lifted, FEW)
     if run.best is None or run.open.any():
         left = None if limit is None else limit - run.seconds
-        if small or (left is not None and left >= 2.0 * problem.layers):
+        least = 1e-3 if small else 2.0 * problem.layers
+        if (small and left is None) or (left is not None and left >= least):
             _load(run)
             proof = PROOF * problem.layers
             if run.limits.work is not None:

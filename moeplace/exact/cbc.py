@@ -113,7 +113,7 @@ def solve(model: Model, request: Request) -> Answer:
     bound = -np.inf
     if proven and request.gap == 0:
         bound = float(model.cost @ values)  # then CBC writes the objective alone
-    elif possible := re.findall(r"best possible (\S+?)[,)]? ", text):
+    elif possible := re.findall(r"best possible ([-+.\de]+)", text):
         bound = float(possible[-1])
     elif rounded := re.findall(r"^Lower bound: +(\S+)", text, re.MULTILINE):
         bound = float(rounded[-1]) - 5e-4  # three digits, rounded up as well as down
