@@ -25,6 +25,7 @@ from moeplace.errors import CertificateError
 from moeplace.evaluate import evaluate
 from moeplace.hardware import Cluster
 from moeplace.loads import LoadHistogram
+from moeplace.nodes_bound import share_groups
 from moeplace.problem import Problem
 
 SLACK = 1e-12
@@ -32,6 +33,8 @@ SLACK = 1e-12
 NODES, STAY, FEW = "nodes: ", "moves", "few moves"
 #: `FewMoves` is tried for so many moves, with so many nodes of its search for each makespan.
 MOST_MOVES, QUICK = 8, 20_000
+#: Source of bounds by every way to share groups out over nodes.
+GROUPS = "groups on nodes"
 #: Sources of bounds by the latency planes, and by trying every placement of a tiny layer.
 PLANES, EXHAUSTIVE = "planes", "exhaustive"
 
@@ -361,6 +364,11 @@ def lower_bound(problem: Problem) -> Bound:
         other = lower_bound(coarse)
         names = np.where(other.per_layer > per_layer, np.char.add(NODES, other.source), names)
         per_layer = np.maximum(per_layer, other.per_layer)
+    if problem.node_groups is not None and (shared_out := share_groups(problem)) is not None:
+        lifted = shared_out.bound * (1 - SLACK)
+        better = lifted > per_layer * (1 + SLACK)
+        names = np.where(better, GROUPS, names)
+        per_layer = np.where(better, lifted, per_layer)
     if problem.cluster.planes is not None:
         poured = _planes_bound(problem, per_layer)
         names = np.where(poured > per_layer, PLANES, names)
@@ -523,7 +531,7 @@ def recompute(problem: Problem, bound: Bound) -> None:
             f"Bound has the shape {bound.per_layer.shape}, the problem has [windows, layers] = "
             f"{shape}: it is for another problem."
         )
-    coarse = nodes_as_ranks(problem)
+    coarse, shared = nodes_as_ranks(problem), None
     stay = _stay(problem) if problem.max_moves is not None else np.zeros(shape)
     for window, layer in np.ndindex(shape):
         claim = float(bound.per_layer[window, layer])
@@ -536,6 +544,10 @@ def recompute(problem: Problem, bound: Bound) -> None:
 
             case = FewMoves(problem, window, layer)
             holds = case.refutes(int(_move_budget(problem)[layer]), claim * (1 - 1e-11))
+        elif name == GROUPS and problem.node_groups is not None:
+            if shared is None:
+                shared = share_groups(problem)
+            holds = shared is not None and bool(claim <= shared.bound[window, layer])
         elif name == EXHAUSTIVE:
             from moeplace.exhaustive import Exhaustive
 
@@ -548,7 +560,7 @@ def recompute(problem: Problem, bound: Bound) -> None:
             argument = ARGUMENTS.get(name.removeprefix(NODES))
             if argument is None or inner is None:
                 raise CertificateError(f"Bound of {place} names an unknown argument {name!r}.")
-            row = _row(inner, window, layer)
+            row = row_of(inner, window, layer)
             holds = claim == 0 or (claim > 0 and argument(row, claim * (1 - 1e-11)))
         if not holds:
             raise CertificateError(
@@ -755,7 +767,8 @@ def _shared_moves(problem: Problem, per_layer: FloatArray) -> float:
     return max(problem.total(start[None]) - saving, 0.0) * (1 - 1e-11)
 
 
-def _row(problem: Problem, window: int, layer: int) -> Row:
+def row_of(problem: Problem, window: int, layer: int) -> Row:
+    """What the arguments look at."""
     return Row(
         loads=-np.sort(-problem.tokens[window, layer]),
         base=problem.base[window, layer],

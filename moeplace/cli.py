@@ -29,6 +29,7 @@ from rich.text import Text
 from moeplace import __version__
 from moeplace._files import check_output, write_text
 from moeplace.bounds import Bound, lower_bound, recompute
+from moeplace.certificate import write_certificate
 from moeplace.compare import (
     COLUMNS,
     RIVALS,
@@ -205,6 +206,32 @@ def solve(
         ),
     ] = None,
     profile: ProfileFile = None,
+    certificate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write what proves the result here (JSON), for moeplace certify.",
+            show_default=False,
+        ),
+    ] = None,
+    warm_start: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="What an exact method starts from: auto, lpt, greedy or none.",
+        ),
+    ] = "auto",
+    solver_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Parameter of an exact method's solver, as it calls it; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    solver_log: Annotated[
+        bool, typer.Option("--solver-log", help="Show the solver's log on stderr.")
+    ] = False,
     sum_windows: SumWindows = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -228,10 +255,33 @@ def solve(
             workers=workers,
             start=old,
             progress=progress,
+            warm_start=cast(Any, warm_start),
+            solver_options=_solver_options(solver_option or []),
+            solver_log=_solver_line if solver_log else None,
         )
     if out is not None and result.evaluation is not None:
         write_plan(result.plan, out)
+    if certificate is not None and result.evaluation is not None:
+        write_certificate(result, certificate)
     _report(given, result, RIVALS, as_json=as_json, quiet=quiet)
+
+
+def _solver_options(given: list[str]) -> dict[str, Any]:
+    """NAME=VALUE with values as JSON where they are (1, 0.5, true), else as text."""
+    options: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise ProblemError(f"--solver-option must be NAME=VALUE, got {text!r}.")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options
+
+
+def _solver_line(line: str) -> None:
+    sys.stderr.write(line.rstrip("\n") + "\n")
 
 
 @app.command(epilog=example("compare instances/small/flashlb-even.json --time-limit 1"))
@@ -457,7 +507,12 @@ def _range(text: str) -> slice:
 @app.command(epilog=example("export plan.json --format sglang --first-moe-layer 3 --out map.json"))
 def export(
     source: Annotated[
-        str, typer.Argument(metavar="PLAN", help="Plan file (JSON).", show_default=False)
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help="Plan file (JSON); with --model or --solution an INSTANCE.",
+            show_default=False,
+        ),
     ],
     out: Annotated[str, typer.Option(metavar="FILE", help="Write here, whole or not at all.")],
     plan_format: Annotated[
@@ -491,6 +546,40 @@ def export(
         str | None,
         typer.Option(metavar="NAME", help="vllm: map, row or expert-to-rank.", show_default=False),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help="Write the exact model of an instance: lp or mps, with a MIP start (.mst) and "
+            "its names (.json) beside it.",
+            show_default=False,
+        ),
+    ] = None,
+    solution: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="A solver's solution of that model: write it as a checked plan.",
+            show_default=False,
+        ),
+    ] = None,
+    names: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON",
+            help="The names that were written beside the model.",
+            show_default=False,
+        ),
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PLAN",
+            help="MIP start of a model; by default a quick solve's plan.",
+            show_default=False,
+        ),
+    ] = None,
+    sum_windows: SumWindows = False,
     drop_split: Annotated[
         bool,
         typer.Option(
@@ -498,10 +587,18 @@ def export(
         ),
     ] = False,
 ) -> None:
-    """Write a plan as an engine reads it, or say why it cannot."""
-    if plan_format is None:
-        raise FormatError(f"Export needs --format, one of {', '.join(PLAN_FORMATS)}.")
+    """Write a plan as an engine reads it, or an instance's exact model for another solver."""
+    asked = [plan_format is not None, model is not None, solution is not None]
+    if sum(asked) != 1:
+        raise FormatError(
+            f"Export needs one of --format ({', '.join(PLAN_FORMATS)}), --model (lp, mps) and "
+            "--solution."
+        )
     check_output(out, [source])
+    if model is not None or solution is not None:
+        _export_model(source, out, model, solution, names, start, sum_windows)
+        return
+    assert plan_format is not None
     plan = read_plan(source)
     write_plan(
         plan,
@@ -513,6 +610,103 @@ def export(
         form=form,
         drop_split=drop_split,
     )
+
+
+def _export_model(
+    source: str,
+    out: str,
+    model: str | None,
+    solution: str | None,
+    names: str | None,
+    start: str | None,
+    sum_windows: bool,
+) -> None:
+    from moeplace.exact.export import read_solution, write_model
+
+    given = read_given(source, sum_windows)
+    problem = given.problem
+    if solution is not None:
+        if names is None:
+            raise FormatError("--solution needs --names, the .json beside the exported model.")
+        plan = read_solution(problem, solution, names)
+        write_plan(plan, out)
+        words = [*given.words, ("step time", exact(price(problem, plan).objective, _unit(problem)))]
+        write("\n".join(aligned(words)) + "\n")
+        return
+    if model not in ("lp", "mps"):
+        raise FormatError(f"--model must be lp or mps, got {model!r}.")
+    if start is not None:
+        begin: Evaluation | None = price(problem, read_plan(start))
+    else:
+        begin = find(problem, time_limit=1.0).evaluation
+    unit = write_model(problem, out, cast(Any, model), begin)
+    words = [
+        *given.words,
+        ("model", printable(out)),
+        ("unit", f"1 in the objective is {exact(unit, _unit(problem))}"),
+    ]
+    if begin is not None:
+        words.append(("start", f"costs {begin.objective / unit:.9g} there"))
+    write("\n".join(aligned(words)) + "\n")
+
+
+def _unit(problem: Problem) -> str:
+    return problem.cluster.time_unit
+
+
+@app.command(epilog=example("certify certificate.json"))
+def certify(
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="CERTIFICATE", help="What solve --certificate wrote.", show_default=False
+        ),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Check a certificate without a solver, in exact arithmetic; a false one ends with 5."""
+    from moeplace.certificate import check
+
+    checked = check(file)
+    problem, bound = checked.problem, checked.bound
+    proven, claimed, left = checked.shares
+    unit = _unit(problem)
+    if as_json:
+        write_json(
+            {
+                "status": "holds",
+                "digest": problem.digest(),
+                "objective": float(checked.objective),
+                "lower_bound": bound.total,
+                "recomputed": bound.recomputed,
+                "unit": unit,
+                "arguments": checked.arguments,
+                "claims": [
+                    {"layers": list(claim.layers), "value": claim.value, "by": claim.by}
+                    for claim in bound.claims
+                ],
+                "closed_by_arguments": proven,
+                "closed_by_claims": claimed,
+                "open": left,
+            }
+        )
+        return
+    by = sorted({claim.by for claim in bound.claims})
+    closed = (
+        f"{percent(proven)} closed by what was checked here, {percent(claimed)} by claims, "
+        f"{percent(left)} open"
+    )
+    words = [
+        *described(problem),
+        ("certificate", "holds"),
+        ("step time", f"{exact(float(checked.objective), unit)}, computed in rational numbers"),
+        ("lower bound", exact(bound.total, unit)),
+        ("recomputed", exact(bound.recomputed, unit)),
+        ("arguments", _sources(bound)),
+        *([("claimed by", ", ".join(by))] if by else []),
+        ("gap to fluid", closed),
+    ]
+    write("\n".join(aligned(words)) + "\n")
 
 
 @app.command(epilog=example("bench few-spares --out few-spares.md"))

@@ -48,6 +48,9 @@ def _excludes(load, same, room, free, allowed, pinned, most, alike, masks, at, l
             at[depth] = -1
             depth -= 1
             continue
+        nodes += 1
+        if nodes > limit:
+            return -1
         mask = masks[at[depth], 0]
         share = load[depth] // masks[at[depth], 1]
         fits = mask & ~allowed[depth] == 0 and pinned[depth] & ~mask == 0
@@ -60,9 +63,6 @@ def _excludes(load, same, room, free, allowed, pinned, most, alike, masks, at, l
                         fits = fits and mask >> h & 1 == 1
         if not fits:
             continue
-        nodes += 1
-        if nodes > limit:
-            return -1
         placed[depth] = True
         total = 0
         slots = 0

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from moeplace.constraints import CAPACITY_SLACK
+from moeplace.bounds import NODES, PLANES, STAY, Bound, longest
+from moeplace.constraints import CAPACITY_SLACK, Forbid, Pin
 from moeplace.problem import Problem
 
 
@@ -19,6 +20,8 @@ def explain_infeasible(problem: Problem) -> str | None:
     counted = _counting(problem)
     if counted is not None:
         return counted
+    if not any(isinstance(rule, Pin | Forbid) for rule in problem.constraints):
+        return None
     both = problem.pinned & ~problem.allowed
     if both.any():
         layer, expert, rank = np.argwhere(both)[0]
@@ -53,6 +56,19 @@ def explain_infeasible(problem: Problem) -> str | None:
                 f"{len(ranks)} ranks ({_some(ranks)}), where pins leave {free} slots."
             )
     return None
+
+
+def refuted(problem: Problem, bound: Bound) -> str | None:
+    """Name a layer whose bound is above every makespan: token capacities leave no placement."""
+    most = longest(problem, problem.tokens, problem.base) * (1 + CAPACITY_SLACK)
+    over = (bound.per_layer > most) & (bound.source != PLANES) & (bound.source != STAY)
+    if not over.any():
+        return None
+    window, layer = np.argwhere(over)[0]
+    return (
+        f"layer {layer}: in window {window} no placement obeys the token capacities, whatever its "
+        f"makespan (by the bound {str(bound.source[window, layer]).removeprefix(NODES)!r})."
+    )
 
 
 def _counting(problem: Problem) -> str | None:

@@ -99,7 +99,9 @@ class _ReplicaBudget(_Rule, tag="replica-budget"):
     total: int
 
 
-class _File(msgspec.Struct, forbid_unknown_fields=True):
+class InstanceFile(msgspec.Struct, forbid_unknown_fields=True):
+    """Our JSON, field by field; `instances/README.md` describes it."""
+
     format: str
     version: int
     loads: _Loads
@@ -132,14 +134,18 @@ def read_instance(path: PathLike) -> Problem:
     PlanError
         The same for the current plan of a move budget.
     """
-    file = read_json(path, _File, header=(FORMAT, VERSION))
-    check_full(path, file.loads.tokens, "$.loads.tokens", 3)
+    return from_file(path, read_json(path, InstanceFile, header=(FORMAT, VERSION)))
+
+
+def from_file(path: PathLike, file: "InstanceFile", root: str = "$") -> Problem:
+    """Build the problem of a file, or of a part of one that starts at `root`; errors as above."""
+    check_full(path, file.loads.tokens, f"{root}.loads.tokens", 3)
     base = None
     if bytes(file.base_load) != b"null":
-        base = nested(path, file.base_load, "$.base_load", (1, 2, 3))
+        base = nested(path, file.base_load, f"{root}.base_load", (1, 2, 3))
     for i, rule in enumerate(file.constraints):
         if isinstance(rule, _MaxMoves):
-            check_full(path, rule.current, f"$.constraints[{i}].current", 2)
+            check_full(path, rule.current, f"{root}.constraints[{i}].current", 2)
     loads, cluster = msgspec.structs.asdict(file.loads), msgspec.structs.asdict(file.cluster)
     planes = cluster.pop("planes")
     try:
@@ -179,6 +185,11 @@ def write_instance(problem: Problem, path: PathLike, *, notes: str = "") -> None
     FormatError
         If the file cannot be written. A file that was there stays as it was.
     """
+    write_json(path, as_file(problem, notes))
+
+
+def as_file(problem: Problem, notes: str = "") -> dict[str, Any]:
+    """What `write_instance` writes."""
     loads, cluster = problem.loads, problem.cluster
     file: dict[str, Any] = {"format": FORMAT, "version": VERSION, "name": str(problem.name)}
     file["origin"] = str(problem.origin)
@@ -210,7 +221,7 @@ def write_instance(problem: Problem, path: PathLike, *, notes: str = "") -> None
     if loads.passes is not None:
         file["loads"]["passes"] = plain(loads.passes)
     file["loads"]["tokens"] = plain(loads.tokens)
-    write_json(path, file)
+    return file
 
 
 def _default_window_weight(loads: LoadHistogram) -> FloatArray:
@@ -218,7 +229,7 @@ def _default_window_weight(loads: LoadHistogram) -> FloatArray:
     return np.asarray(passes / passes.sum())
 
 
-def _constraint(rule: _Rule, file: _File) -> Constraint:
+def _constraint(rule: _Rule, file: InstanceFile) -> Constraint:
     if isinstance(rule, _MaxMoves):
         current = Plan(
             slots=rule.current,  # type: ignore[arg-type]

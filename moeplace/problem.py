@@ -227,7 +227,7 @@ class Problem:
     def capacity(self) -> FloatArray:
         """Tokens that each rank may run [ranks], base load included; infinite without a rule."""
         rule = self._only(TokenCapacity)
-        return np.full(self.ranks, np.inf) if rule is None else rule.of(self.ranks)
+        return frozen(np.full(self.ranks, np.inf) if rule is None else rule.of(self.ranks))
 
     @cached_property
     def most_replicas(self) -> IntArray:

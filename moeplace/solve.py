@@ -11,7 +11,7 @@ import numpy as np
 from moeplace.bounds import EXHAUSTIVE, FEW, lifted_bound, lower_bound
 from moeplace.errors import PolicyNotApplicable, ProblemError
 from moeplace.evaluate import Evaluation
-from moeplace.feasible import explain_infeasible
+from moeplace.feasible import explain_infeasible, refuted
 from moeplace.plan import Plan
 from moeplace.policies import POLICIES
 from moeplace.problem import Problem
@@ -29,11 +29,12 @@ WarmStart = Literal["auto", "lpt", "greedy", "none"]
 WARM_SHARE = 0.2
 #: Search steps of a small layer before proofs are tried.
 WARM_STEPS = 200_000
-#: Replicas that may exist in a layer up to which `auto` proves what is left open by CP-SAT, and
-#: the deterministic seconds for each layer (with the default work; else in proportion).
-SMALL, PROOF = 300, 0.5
-#: Nodes of the exhaustive search of a tiny layer, for each makespan.
-NODES = 3_000_000
+#: Replicas that may exist in a layer up to which `auto` tries every placement.
+SMALL = 300
+#: Nodes of the exhaustive search of a tiny layer, for each makespan; and of them in a second.
+NODES, PACE = 10_000_000, 20_000_000
+#: Seconds a layer from which the bound on few moves is searched deeper, and with how many nodes.
+DEEP, DEEP_NODES = 2.0, 300_000
 #: Seconds, or deterministic seconds, of each layer that an exact method has without limits.
 DEFAULT_SECONDS = 10.0
 
@@ -61,9 +62,9 @@ def solve(
         What to solve.
     method : str
         "auto": construction, exchange search and, where a gap is left, the published policies,
-        the best of all by `evaluate` for each layer; small layers, and layers with few moves, are
-        then proven by CP-SAT. "cp-sat", "highs", "gscip", "cbc": the exact formulation, by one
-        solver, from the plan of `warm_start`. Or the name of one policy.
+        the best of all by `evaluate` for each layer; small layers are then proven by trying every
+        placement. "cp-sat", "highs", "gscip", "cbc": the exact formulation, by one solver, from
+        the plan of `warm_start`. Or the name of one policy.
     time_limit : float, optional
         Seconds of wall time; loading kernels (once a process) and compiling them (once after
         installation) come before and are not counted. 0 still gives a plan and its bound.
@@ -133,7 +134,7 @@ def solve(
         import ortools.sat.python.cp_model  # noqa: F401 - loaded before the clock starts
     began = time.perf_counter()
     bound = lower_bound(problem)
-    reason = explain_infeasible(problem)
+    reason = explain_infeasible(problem) or refuted(problem, bound)
     if reason is not None:
         return Result(
             problem=problem,
@@ -163,7 +164,7 @@ def solve(
     spent = time.perf_counter() - began
     if run.best is not None:
         return finish(problem, method, run.bound, run.best, limits, spent, run.work, interrupted)
-    reason = "the search found no plan that obeys all constraints; they may exclude each other"
+    reason = _none_found(run)
     if claimed:
         reason = f"{method} claims that no plan obeys all constraints (its word, not checked)"
     return Result(
@@ -180,17 +181,13 @@ def solve(
 
 
 def _auto(run: "Run", start: Plan | None) -> None:
-    """The portfolio; then proofs, where CP-SAT can give them, and the portfolio again.
-
-    It can where few replicas may exist, and where few may move (time for it given).
-    """
+    """The portfolio; then proofs, where few replicas may exist or move, and the portfolio again."""
     from moeplace.bounds import few_moves
-    from moeplace.exact.run import Exact
-    from moeplace.search.portfolio import DEFAULT_WORK
 
     problem, limit = run.problem, run.limits.time
     small = _small(problem)
-    few = problem.max_moves is not None and problem.routing == "even" and limit is not None
+    few = problem.max_moves is not None and problem.routing == "even"
+    few = few and limit is not None and limit >= DEEP * problem.layers
     if not (small or few):
         _searched(run, start, run.limits)
         return
@@ -205,23 +202,13 @@ def _auto(run: "Run", start: Plan | None) -> None:
     if small and run.best is not None and problem.windows == 1 and problem.routing == "even":
         _try_all(run)
     if few and run.best is not None and run.best.legal:
-        for nodes in (1_000_000, 30_000_000):  # deeper where the clock allows
-            if run.open.any() and not run.late(2 * WARM_SHARE):
-                lifted = few_moves(problem, run.bound.per_layer, run.best.makespan, nodes)
-                run.bound = lifted_bound(problem, run.bound, lifted, FEW)
-    if run.best is None or run.open.any():
-        left = None if limit is None else limit - run.seconds
-        least = 1e-3 if small else 2.0 * problem.layers
-        if (small and left is None) or (left is not None and left >= least):
-            _load(run)
-            proof = PROOF * problem.layers
-            if run.limits.work is not None:
-                proof *= min(run.limits.work / (DEFAULT_WORK * problem.layers), 1.0)
-            exact = Exact(run, "cp-sat", work=proof if small else None)
-            exact.share, exact.gap = (0.8, 0.0) if small else (1.0, None)
-            exact.solve()
-            if exact.interrupted:
-                raise KeyboardInterrupt
+        for layer in np.flatnonzero(run.open).tolist():
+            if run.late(2 * WARM_SHARE):
+                break
+            high = run.bound.per_layer.copy()  # only this layer is searched
+            high[:, layer] = run.best.makespan[:, layer]
+            lifted = few_moves(problem, run.bound.per_layer, high, DEEP_NODES)
+            run.bound = lifted_bound(problem, run.bound, lifted, FEW)
     if run.best is not None and not run.open.any():
         return
     rest = run.limits
@@ -239,8 +226,11 @@ def _try_all(run: "Run") -> None:
         tiny = Exhaustive(problem, 0, layer)
         while run.best is not None and not run.late(0.6):
             makespan = float(run.best.makespan[0, layer])
-            refuted, slots = tiny.search(makespan * (1 - 1e-10), NODES)
-            if refuted:
+            nodes = NODES
+            if run.limits.time is not None:
+                nodes = min(nodes, int((0.6 * run.limits.time - run.seconds) * PACE))
+            none_better, slots = tiny.search(makespan * (1 - 1e-10), nodes)
+            if none_better:
                 better = run.bound.per_layer.copy()
                 better[0, layer] = makespan * (1 - 1e-10)
                 run.bound = lifted_bound(problem, run.bound, better, EXHAUSTIVE)
@@ -260,16 +250,8 @@ def _has_work(method: str) -> bool:
     return SOLVERS[method].work
 
 
-def _load(run: "Run") -> None:
-    """Load the solver; once a process, and not counted against the limits."""
-    began = time.perf_counter()
-    import ortools.sat.python.cp_model  # noqa: F401
-
-    run.began += time.perf_counter() - began
-
-
 def _small(problem: Problem) -> bool:
-    """Whether few enough replicas may exist in a layer for `auto` to prove its optimum."""
+    """Whether few enough replicas may exist in a layer for every placement to be tried."""
     most = int(problem.allowed.sum(axis=(1, 2)).max()) * problem.windows
     return problem.routing == "even" and most <= SMALL
 
@@ -286,6 +268,7 @@ def _searched(run: "Run", start: Plan | None, limits: Limits) -> None:
     finally:
         if stage.best is not None:
             run.best = stage.best
+        run.nearest = stage.nearest
         run.work += stage.work
 
 
@@ -327,6 +310,13 @@ def _exact(
     if exact.interrupted:
         raise KeyboardInterrupt
     return exact.infeasible and run.best is None
+
+
+def _none_found(run: "Run") -> str:
+    reason = "the search found no plan that obeys all constraints; they may exclude each other"
+    if run.nearest is None:
+        return reason
+    return f"{reason} (the nearest found: {run.nearest.violations[0]})"
 
 
 def _policy(problem: Problem, name: str) -> Evaluation:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeplace import bound_kernels
-from moeplace.bounds import ARGUMENTS, Bound, _row, lower_bound, mean_bound, recompute
+from moeplace.bounds import ARGUMENTS, Bound, lower_bound, mean_bound, recompute, row_of
 from moeplace.constraints import MaxMoves, NodeGroups
 from moeplace.errors import CertificateError
 from moeplace.evaluate import evaluate
@@ -189,7 +189,7 @@ def rows(draw: st.DrawFn) -> Problem:
 @settings(max_examples=4 * settings().max_examples)
 def test_the_source_refutes_the_bound_and_no_argument_refutes_more(one: Problem) -> None:
     bound = lower_bound(one)
-    value, row = float(bound.per_layer[0, 0]), _row(one, 0, 0)
+    value, row = float(bound.per_layer[0, 0]), row_of(one, 0, 0)
     if value > 0:
         assert ARGUMENTS[str(bound.source[0, 0])](row, value * (1 - 1e-11))
         above = [name for name, refutes in ARGUMENTS.items() if refutes(row, value * (1 + 1e-9))]
@@ -200,7 +200,7 @@ def test_the_source_refutes_the_bound_and_no_argument_refutes_more(one: Problem)
 @given(rows(), st.floats(0.3, 3.0))
 @settings(max_examples=4 * settings().max_examples)
 def test_each_compiled_argument_is_its_numpy_twin(one: Problem, factor: float) -> None:
-    row = _row(one, 0, 0)
+    row = row_of(one, 0, 0)
     seconds = factor * float(one.fluid[0, 0])
     if row.loads.sum() == 0:
         return  # the search leaves such layers out
@@ -233,13 +233,13 @@ def test_kinds_are_numbered_in_the_order_of_the_arguments() -> None:
 @given(tiny_problems())
 @settings(max_examples=6 * settings().max_examples)
 def test_no_argument_refutes_the_true_optimum(one: Problem) -> None:
-    best, row = optimum(one), _row(one, 0, 0)
+    best, row = optimum(one), row_of(one, 0, 0)
     refuting = [name for name, refutes in ARGUMENTS.items() if refutes(row, best * (1 + 1e-9))]
     assert refuting == []
     assert lower_bound(one).total <= best * (1 + 1e-9)
 
 
-@given(tiny_problems(max_experts=4, max_layers=2, max_windows=2, constraints=True))
+@given(tiny_problems(max_experts=4, max_layers=2, max_windows=2, constraints=True, limits=True))
 def test_the_total_is_never_above_the_true_optimum(one: Problem) -> None:
     bound = lower_bound(one)
     assert bound.total <= optimum(one) * (1 + 1e-9)

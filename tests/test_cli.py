@@ -138,8 +138,8 @@ def test_the_console_script_is_main() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_solve_says_what_it_found(run: Run, method: str) -> None:
-    steps = method not in ("highs", "gscip", "cbc")  # those know only time
-    answer = run("solve", TOY, "--method", method, *(QUICK if steps else ("--time-limit", "1")))
+    limit = ("--time-limit", "0.5") if method in ("highs", "gscip", "cbc") else QUICK
+    answer = run("solve", TOY, "--method", method, *limit)
     if method == "eplb":  # two copies of one expert on a rank
         return refused(answer, "no legal plan here.*two replicas")
     assert answer.code == 0
@@ -228,13 +228,11 @@ def test_solve_and_evaluate_agree_to_the_last_digit(
     made = ("solve", instance, "--method", method, *QUICK, *summed)
     solved = run(*made, "--json", "--out", out).json
     priced = run("evaluate", instance, out, "--json", *summed).json
-    proven = method == "auto"  # small layers by more than the bounds that `evaluate` prints
-    same = ["objective", "imbalance", "digest"] + ["lower_bound", "gap"] * (not proven)
-    for key in same:
+    for key in ("objective", "imbalance", "digest"):
         assert priced[key] == solved[key], key
-    assert priced["lower_bound"] <= solved["lower_bound"]
+    assert priced["lower_bound"] <= solved["lower_bound"], "a solve may prove more"
     solved_text, priced_text = run(*made), run("evaluate", instance, out, *summed)
-    for label in ["step time", "imbalance"] + ["lower bound", "gap"] * (not proven):
+    for label in ("step time", "imbalance"):
         assert priced_text.fact(label) == solved_text.fact(label)
     assert f"(exactly {solved['objective']!r})" in priced_text.fact("step time")
 
@@ -498,7 +496,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(
 
 
 USAGE: dict[str, tuple[tuple[str, ...], str]] = {
-    "unknown method": (("solve", TOY, "--method", "magic"), "one of auto, cp-sat, .*contiguous.*'magic'"),
+    "unknown method": (("solve", TOY, "--method", "magic"), "one of auto, cp-sat.*'magic'"),
     "negative time": (("solve", TOY, "--time-limit", "-1"), "time limit.*-1"),
     "time that is no number": (("solve", TOY, "--time-limit", "nan"), "time limit.*nan"),
     "negative work": (("solve", TOY, "--work-limit", "-5"), "work limit.*-5"),

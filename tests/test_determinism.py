@@ -16,7 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moeplace.constraints import Forbid, MaxMoves, NodeGroups
+from moeplace.constraints import (
+    Constraint,
+    Forbid,
+    MaxMoves,
+    MaxReplicas,
+    NodeGroups,
+    ReplicaBudget,
+    TokenCapacity,
+)
 from moeplace.plan import EMPTY, Plan
 from moeplace.problem import Problem
 from moeplace.result import Result
@@ -48,6 +56,18 @@ def on_nodes() -> Problem:
     )
 
 
+def ruled(*rules: Constraint, **options: Any) -> Problem:
+    one = make(**options)
+    return replace(one, constraints=[*one.constraints, *rules])
+
+
+def tight(factor: float, **options: Any) -> Problem:
+    """Token capacities at so many times the fair share of the fullest layer."""
+    one = make(**options)
+    fair = float(one.tokens.sum(axis=2).max()) / one.ranks
+    return replace(one, constraints=[TokenCapacity(fair * factor)])
+
+
 KINDS: dict[str, Callable[[], Problem]] = {
     "even": make,
     "weighted": lambda: make("weighted"),
@@ -58,6 +78,13 @@ KINDS: dict[str, Callable[[], Problem]] = {
     "two windows, the worst": lambda: replace(make(windows=2), objective="worst"),
     "groups on nodes": on_nodes,
     "forbidden": lambda: replace(make(), constraints=[Forbid(e, 3) for e in range(20)]),
+    "capacity": lambda: tight(1.02),
+    "capacity, weighted": lambda: tight(1.01, routing="weighted"),
+    "capacity, two windows": lambda: tight(1.15, windows=2),
+    "most replicas": lambda: ruled(MaxReplicas(2)),
+    "replica budget": lambda: ruled(ReplicaBudget(4 * 32 + 12)),
+    "replica budget, weighted": lambda: ruled(ReplicaBudget(4 * 32 + 12), routing="weighted"),
+    "cvar": lambda: replace(make(windows=3), objective="cvar", cvar_alpha=0.5),
 }
 
 

@@ -58,11 +58,11 @@ def test_it_is_far_above_fluid_at_real_size() -> None:
     shape = (3, 256, 288, 32)
     current = mp.solve(mp.instances.generate(shape, 0).aggregate(), work_limit=3_000_000).plan
     drifted = mp.instances.generate(shape, 0, epoch=1).aggregate()
-    for moves, least in ((0, 1.05), (2, 1.005)):
+    for moves, least in ((0, 1.05), (2, 1.02)):
         few = _budget(drifted, current, moves)
         bound = lower_bound(few)
-        assert (bound.per_layer >= drifted.fluid * least).all()
-        assert set(bound.source.ravel().tolist()) == {"few moves"}
+        assert bound.total >= drifted.fluid.sum() * least
+        assert bound.sources["few moves"] >= 2
         recompute(few, bound)
         result = mp.solve(few, work_limit=3_000_000)
         assert (result.evaluation.makespan >= bound.per_layer).all()  # type: ignore[union-attr]

@@ -13,7 +13,6 @@ from moeplace.errors import SolverError
 from moeplace.exact.model import Model
 from moeplace.exact.solvers import Answer, Request, lowered
 
-
 #: Seconds that CBC has to write its solution once it was told to stop.
 PATIENCE = 3.0
 #: What CBC's log says of a model without solutions (the objective is bounded).

@@ -73,14 +73,19 @@ def solve(model: Model, request: Request, kind: str) -> Answer:
             for line in lines:
                 write(line)
 
-    result = mathopt.solve(
-        made,
-        mathopt.SolverType[kind],
-        params=options,
-        model_params=given,
-        msg_cb=log,
-        interrupter=interrupter,
-    )
+    try:
+        result = mathopt.solve(
+            made,
+            mathopt.SolverType[kind],
+            params=options,
+            model_params=given,
+            msg_cb=log,
+            interrupter=interrupter,
+        )
+    except AttributeError as cause:  # how ortools 9.15 fails to tell of a status
+        raise SolverError(
+            f"{kind} through MathOpt refuses the model: {cause.__context__}"
+        ) from cause
     ended = result.termination
     reason = ended.reason.name
     if reason in ("INFEASIBLE", "INFEASIBLE_OR_UNBOUNDED"):

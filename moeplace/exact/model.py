@@ -206,6 +206,7 @@ class _Builder:
         self.whole: list[bool] = []
         self.columns: list[str] = []
         self.row_names: list[str] = []
+        self.named: dict[str, int] = {}
         self.row_low: list[float] = []
         self.row_high: list[float] = []
         self.index: list[Any] = []
@@ -235,7 +236,9 @@ class _Builder:
         self.length.append(index.size)
         self.row_low.append(low)
         self.row_high.append(high)
-        self.row_names.append(name)
+        again = self.named.get(name, 0)
+        self.named[name] = again + 1
+        self.row_names.append(f"{name}_{again}" if again else name)
 
     def rows(self) -> "sparse.csr_array":
         start = np.concatenate([[0], np.cumsum(self.length)]).astype(np.int64)

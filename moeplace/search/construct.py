@@ -151,16 +151,19 @@ def _make_room(e, cap, slot, used, on, copies):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _construct(load, base, speed, cap, slot, value, tokens, copies, on):  # type: ignore[no-untyped-def]
+def _construct(  # type: ignore[no-untyped-def]
+    load, base, speeds, cap, least, limit, slot, value, tokens, copies, on
+):
     """Counts and LPT for each layer; returns the first layer without a legal placement, or -1."""
     layers, ranks, experts = load.shape[0], cap.size, load.shape[1] - 1
     used = np.empty(ranks, dtype=np.int64)
     pins = np.empty(experts, dtype=np.int64)
     most = np.empty(experts, dtype=np.int64)
     share = np.zeros(experts + 1)
-    slots = cap.sum()
+    total = cap.sum()
     for layer in range(layers):
         mine = on[layer]
+        speed = speeds[layer]
         pins[:] = 0
         most[:] = 0
         for g in range(ranks):
@@ -170,8 +173,10 @@ def _construct(load, base, speed, cap, slot, value, tokens, copies, on):  # type
                     most[e] += 1
                 if mine[g, e] & PINNED:
                     pins[e] += 1
+        for e in range(experts):
+            most[e] = min(most[e], limit[e])
         c = copies[layer]
-        _count(load[layer], pins, most, slots, c)
+        _count(load[layer], pins, most, total - least[layer, experts], c)
         t = base[layer].copy()
         for e in range(experts):
             share[e] = load[layer, e] / c[e]
@@ -185,13 +190,13 @@ def _construct(load, base, speed, cap, slot, value, tokens, copies, on):  # type
         for e in ascending(-share[:experts]):
             for copy in range(pins[e], c[e]):
                 best = -1
-                least = np.inf
+                soonest = np.inf
                 for g in range(ranks):
                     if used[g] < cap[g] and mine[g, e] == 0:
                         end = (t[g] + share[e]) / speed[g]
-                        if end < least:
+                        if end < soonest:
                             best = g
-                            least = end
+                            soonest = end
                 if best >= 0:
                     _put(best, e, slot[layer], used, mine)
                     t[best] += share[e]
@@ -200,8 +205,10 @@ def _construct(load, base, speed, cap, slot, value, tokens, copies, on):  # type
                     break
                 elif not _make_room(e, cap, slot[layer], used, mine, c):
                     return layer
+        c[experts] = total
         for e in range(experts):
             share[e] = load[layer, e] / c[e]
+            c[experts] -= c[e]
         for g in range(ranks):
             tokens[layer, g] = base[layer, g] + sort_rank(
                 slot[layer, g], value[layer, g], cap[g], share
@@ -217,6 +224,8 @@ def construct(state: State) -> int:
             state.base,
             state.speed,
             state.cap,
+            state.least,
+            state.most,
             state.slot,
             state.value,
             state.tokens,
@@ -238,9 +247,9 @@ def _adopt(layers, load, base, cap, slot, value, tokens, copies, on):  # type: i
                 on[layer, g, e] &= ~np.uint8(HELD)
             for k in range(cap[g]):
                 e = slot[layer, g, k]
+                copies[layer, e] += 1
                 if e != experts:
                     on[layer, g, e] |= HELD
-                    copies[layer, e] += 1
         for e in range(experts):
             share[e] = load[layer, e] / copies[layer, e]
         for g in range(cap.size):

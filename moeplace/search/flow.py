@@ -5,11 +5,13 @@ from numba import njit
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def split_layer(tokens, base, speed, begin, slots, first, by_expert, share):  # type: ignore[no-untyped-def]
-    """Shares of one layer: least T such that all tokens flow to ranks of room T v_g - b_g.
+def split_layer(tokens, base, speed, most, begin, slots, first, by_expert, share):  # type: ignore[no-untyped-def]
+    """Shares of one layer: least T such that all tokens flow to ranks.
 
-    `slots` [slots] holds experts rank by rank, rank g from begin[g]; slots by expert stand in
-    `by_expert` from first[e].
+    By T rank g has room for min(T v_g, C_g) - b_g tokens; `most` [ranks] are the token capacities
+    C_g. `slots` [slots] holds experts rank by rank, rank g from begin[g]; slots by expert stand
+    in `by_expert` from first[e]. Returns the tokens for which the capacities leave no room at any
+    T; they go where they may nevertheless.
     """
     experts = tokens.size
     ranks = speed.size
@@ -28,7 +30,12 @@ def split_layer(tokens, base, speed, begin, slots, first, by_expert, share):  # 
         seconds = max(seconds, load[g] / speed[g])
     tiny *= 1e-14
     flow = np.zeros(slots.size)
-    room = seconds * speed - load
+    room = np.minimum(seconds * speed, most) - load
+    short = 0.0
+    for g in range(ranks):
+        if load[g] > most[g]:
+            short += load[g] - most[g]
+            room[g] = 0.0
     # start: each expert fills its ranks one after the other, the roomiest first
     for e in range(experts):
         if first[e + 1] - first[e] == 1:
@@ -114,16 +121,23 @@ def split_layer(tokens, base, speed, begin, slots, first, by_expert, share):  # 
                 need += tokens[e]
         for g in range(ranks):
             if from_expert[g] != -2:
-                need += load[g]
-                fast += speed[g]
-        later = need / fast
-        if later <= seconds:  # rounding only: hand out what is left
+                if seconds * speed[g] < most[g]:
+                    need += load[g]
+                    fast += speed[g]
+                else:  # full whatever T: it carries its capacity, or what it must
+                    need -= max(most[g] - load[g], 0.0)
+        later = need / fast if fast > 0.0 else np.inf
+        if later <= seconds or fast == 0.0:  # hand out what is left: rounding, or no room at all
             for e in range(experts):
                 if excess[e] > 0.0:
                     flow[by_expert[first[e]]] += excess[e]
+                    if fast == 0.0:
+                        short += excess[e]
                     excess[e] = 0.0
             break
-        room += (later - seconds) * speed
+        for g in range(ranks):
+            if seconds * speed[g] < most[g]:
+                room[g] += min((later - seconds) * speed[g], most[g] - seconds * speed[g])
         seconds = later
     for e in range(experts):
         given = 0.0
@@ -137,10 +151,11 @@ def split_layer(tokens, base, speed, begin, slots, first, by_expert, share):  # 
                 share[p] = flow[p] / given
             else:
                 share[p] = 1.0 / (first[e + 1] - first[e])
+    return short
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def shares(tokens, base, speed, begin, slots, split):  # type: ignore[no-untyped-def]
+def shares(tokens, base, speed, most, begin, slots, split):  # type: ignore[no-untyped-def]
     """Shares [windows, layers, slots] into `split` for slots [layers, slots]."""
     windows, layers, experts = tokens.shape
     first = np.empty(experts + 1, dtype=np.int64)
@@ -161,6 +176,7 @@ def shares(tokens, base, speed, begin, slots, split):  # type: ignore[no-untyped
                 tokens[window, layer],
                 base[window, layer],
                 speed,
+                most,
                 begin,
                 slots[layer],
                 first,

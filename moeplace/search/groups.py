@@ -12,6 +12,7 @@ import numpy as np
 from moeplace._check import FloatArray, IntArray
 from moeplace.plan import EMPTY
 from moeplace.problem import Problem
+from moeplace.search.aims import SLOWEST
 from moeplace.search.construct import construct
 from moeplace.search.improve import improve
 from moeplace.search.state import PINNED, State
@@ -71,6 +72,7 @@ def grouped(
     tokens, bases = problem.mean_load
     load, base = tokens[layer], bases[layer]
     speed = problem.cluster.speeds
+    speed = np.minimum(speed, np.maximum(problem.capacity / seconds, SLOWEST * speed))
     cap = np.minimum(problem.cluster.slots, problem.experts)
     joined = _join(seconds, load, np.maximum(seconds * speed - base, 0.0), speed, cap)
     if joined is None:

@@ -220,17 +220,17 @@ def _put_back(touched, n_touched, kept, cap, slot, on, count, share, load):  # t
         r = touched[n]
         for k in range(cap[r]):
             e = slot[r, k]
+            count[e] -= 1
             if e != empty:
                 on[r, e] &= ~np.uint8(HELD)
-                count[e] -= 1
     for n in range(n_touched):
         r = touched[n]
         for k in range(cap[r]):
             e = kept[r, k]
             slot[r, k] = e
+            count[e] += 1
             if e != empty:
                 on[r, e] |= HELD
-                count[e] += 1
     for n in range(n_touched):
         r = touched[n]
         for k in range(cap[r]):
@@ -240,7 +240,7 @@ def _put_back(touched, n_touched, kept, cap, slot, on, count, share, load):  # t
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _choose(  # type: ignore[no-untyped-def]
-    replica, close, g, slot, value, cap, on, count, share, stream, layer, kick, touched
+    replica, close, g, slot, value, cap, least, most, on, count, share, stream, layer, kick, touched
 ):
     """A random change; returns how many ranks, listed in `touched`, it changes (0: none found).
 
@@ -273,12 +273,13 @@ def _choose(  # type: ignore[no-untyped-def]
         return 0
     k = random_below(stream, layer, cap[r])
     a = slot[r, k]
-    if a != empty and (count[a] < 2 or on[r, a] & PINNED):
+    if count[a] <= least[a] or on[r, a] & PINNED:
         return 0
     b = -1
     for _ in range(3):  # the hottest of three that fit
         e = random_below(stream, layer, empty)
-        if on[r, e] == 0 and share[e] > 0 and (b < 0 or share[e] > share[b]):
+        fits = on[r, e] == 0 and share[e] > 0 and count[e] < most[e]
+        if fits and (b < 0 or share[e] > share[b]):
             b = e
     if b < 0 or random_below(stream, layer, 8) == 0:
         if a == empty:
@@ -300,8 +301,10 @@ def _improve(  # type: ignore[no-untyped-def]
     targets,
     load,
     base,
-    speed,
+    speeds,
     cap,
+    leasts,
+    limit,
     slots,
     values,
     token,
@@ -333,6 +336,7 @@ def _improve(  # type: ignore[no-untyped-def]
     for turn in range(layers.size):
         layer = layers[turn]
         target = targets[turn]
+        speed = speeds[layer]
         slot = slots[layer]
         value = values[layer]
         tokens = token[layer]
@@ -430,8 +434,8 @@ def _improve(  # type: ignore[no-untyped-def]
                 left -= ranks
                 dice = random_below(stream, layer, kicks[2])
                 n = _choose(
-                    dice < kicks[0], dice < kicks[1], g, slot, value, cap, on, count, share,
-                    stream, layer, kick, holders,
+                    dice < kicks[0], dice < kicks[1], g, slot, value, cap, leasts[layer], limit,
+                    on, count, share, stream, layer, kick, holders,
                 )  # fmt: skip
                 if n == 0:
                     continue
@@ -450,13 +454,13 @@ def _improve(  # type: ignore[no-untyped-def]
                 else:
                     a = slot[r, k]
                     slot[r, k] = b
+                    count[b] += 1
+                    count[a] -= 1
                     if b != experts:
                         on[r, b] |= HELD
-                        count[b] += 1
                         share[b] = load[layer, b] / count[b]
                     if a != experts:
                         on[r, a] &= ~np.uint8(HELD)
-                        count[a] -= 1
                         share[a] = load[layer, a] / count[a]
                 for m in range(n):
                     r = holders[m]
@@ -497,6 +501,8 @@ def improve(
             state.base,
             state.speed,
             state.cap,
+            state.least,
+            state.most,
             state.slot,
             state.value,
             state.tokens,

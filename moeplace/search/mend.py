@@ -1,4 +1,6 @@
-"""Mend a current plan that breaks pins, forbids or groups on nodes, with few moves.
+"""Mend a current plan that breaks pins, forbids, groups on nodes or limits of replicas.
+
+With few moves: copies that are given up are none.
 
 Plain Python: few layers break a rule, e.g. when a rank is drained by forbids.
 """
@@ -10,8 +12,16 @@ from moeplace._check import FloatArray, IntArray
 from moeplace.search.state import BARRED, PINNED
 
 
-def mend(slot: IntArray, on: npt.NDArray[np.uint8], busy: FloatArray, cap: IntArray) -> bool:
-    """Change `slot` [ranks, most slots] of one layer until bars and pins of `on` hold.
+def mend(
+    slot: IntArray,
+    on: npt.NDArray[np.uint8],
+    busy: FloatArray,
+    cap: IntArray,
+    load: FloatArray,
+    most: IntArray,
+    free: int,
+) -> bool:
+    """Change `slot` [ranks, most slots] of one layer until its rules hold.
 
     Parameters
     ----------
@@ -21,6 +31,12 @@ def mend(slot: IntArray, on: npt.NDArray[np.uint8], busy: FloatArray, cap: IntAr
     busy : array [ranks]
         Time of each rank: less busy ranks receive first.
     cap : array [ranks]
+    load : array [experts + 1]
+        Tokens: where too many replicas are held, those are given up that others miss least.
+    most : array [experts + 1]
+        Replicas that each expert may have.
+    free : int
+        Slots that must stay free.
 
     Returns
     -------
@@ -74,14 +90,39 @@ def mend(slot: IntArray, on: npt.NDArray[np.uint8], busy: FloatArray, cap: IntAr
             continue
         k = spare(g)
         if k < 0:  # one that is not pinned makes way
-            free = [k for k in range(cap[g]) if not pinned[g, slot[g, k]]]
-            if not free:
+            movable = [k for k in range(cap[g]) if not pinned[g, slot[g, k]]]
+            if not movable:
                 return False
-            k = free[0]
+            k = movable[0]
             away = int(slot[g, k])
             slot[g, k] = e
             if not place(away, int(g)):
                 return False
         else:
             slot[g, k] = e
+
+    def give_up(e: int) -> bool:
+        """Give up the replica of expert e on its busiest rank that may lose it."""
+        for g in reversed(ranks):
+            if held(g, e) and not pinned[g, e]:
+                slot[g, : cap[g]][slot[g, : cap[g]] == e] = empty
+                return True
+        return False
+
+    used = np.arange(slot.shape[1]) < cap[:, None]
+    copies = np.bincount(slot[used], minlength=empty + 1)
+    for e in range(empty):
+        for _ in range(int(copies[e] - most[e])):
+            if not give_up(e):
+                return False
+            copies[e] -= 1
+            copies[empty] += 1
+    pins = pinned.sum(axis=0)
+    while copies[empty] < free:
+        after = np.where(copies > np.maximum(pins, 1), load / np.maximum(copies - 1, 1), np.inf)
+        e = int(after[:empty].argmin())
+        if not (np.isfinite(after[e]) and give_up(e)):
+            return False
+        copies[e] -= 1
+        copies[empty] += 1
     return True

@@ -57,12 +57,12 @@ def _place(g, k, e, slot, on, holders, count):  # type: ignore[no-untyped-def]
         n = 0
         while holders[a, n] != g:
             n += 1
-        count[a] -= 1
-        holders[a, n] = holders[a, count[a]]
+        holders[a, n] = holders[a, count[a] - 1]
+    count[a] -= 1
     if e != empty:
         on[g, e] |= HELD
         holders[e, count[e]] = g
-        count[e] += 1
+    count[e] += 1
     slot[g, k] = e
     return cost
 
@@ -79,7 +79,9 @@ def _carry(g, slot, cap, base, load, count):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _apply(kind, g, h, a, b, slot, on, holders, count, tokens, cap, base, load):  # type: ignore[no-untyped-def]
+def _apply(  # type: ignore[no-untyped-def]
+    kind, g, h, a, b, slot, on, holders, count, tokens, cap, least, most, base, load
+):
     """Exchange a on g with b on h (kind 0), or give up a on h for b (kind 1), if possible.
 
     Returns the copies received, or -1000 if the step no longer fits.
@@ -96,7 +98,7 @@ def _apply(kind, g, h, a, b, slot, on, holders, count, tokens, cap, base, load):
         return cost
     empty = load.size - 1
     k = _find(slot[h], cap[h], a)
-    if k < 0 or on[h, b] & HELD or (a != empty and count[a] < 2):
+    if k < 0 or on[h, b] & HELD or count[a] <= least[a] or count[b] >= most[b]:
         return -1000
     cost = _place(h, k, b, slot, on, holders, count)
     tokens[h] = _carry(h, slot, cap, base, load, count)
@@ -109,7 +111,7 @@ def _apply(kind, g, h, a, b, slot, on, holders, count, tokens, cap, base, load):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _legal(kind, g, h, a, b, on, count, room):  # type: ignore[no-untyped-def]
+def _legal(kind, g, h, a, b, on, count, least, most, room):  # type: ignore[no-untyped-def]
     """Whether a step obeys the rules: exchange a on g with b on h, or h gives up a for b."""
     empty = on.shape[1] - 1
     if kind == 0:
@@ -121,9 +123,9 @@ def _legal(kind, g, h, a, b, on, count, room):  # type: ignore[no-untyped-def]
             return False
         cost = _arrive(on, h, a) - _arrive(on, g, a) + _arrive(on, g, b) - _arrive(on, h, b)
         return cost <= room
-    if a != empty and (count[a] < 2 or on[h, a] & PINNED):
+    if count[a] <= least[a] or on[h, a] & PINNED:
         return False
-    if b != empty and on[h, b] & ~np.uint8(OLD):
+    if count[b] >= most[b] or on[h, b] & ~np.uint8(OLD):
         return False
     return a != b and _arrive(on, h, b) - _arrive(on, h, a) <= room
 
@@ -162,7 +164,9 @@ def _transfer(h, a, b, top, on, holders, count, tokens, speed, load):  # type: i
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _best_step(g, room, slot, on, holders, count, tokens, cap, speed, load):  # type: ignore[no-untyped-def]
+def _best_step(  # type: ignore[no-untyped-def]
+    g, room, slot, on, holders, count, tokens, cap, least, most, speed, load
+):
     """Step out of the slowest rank g with most gain per copy received, of at most `room` copies.
 
     Returns (score, kind, other rank, a, b, search steps).
@@ -186,6 +190,7 @@ def _best_step(g, room, slot, on, holders, count, tokens, cap, speed, load):  # 
             value = load[a] / count[a]
             may_go = not on[g, a] & PINNED
             may = on[h, a] & ~np.uint8(OLD) == 0
+            more = may and count[a] < most[a]
             comes = _arrive(on, h, a) - _arrive(on, g, a)
             for j in range(cap[h]):
                 b = slot[h, j]
@@ -213,21 +218,23 @@ def _best_step(g, room, slot, on, holders, count, tokens, cap, speed, load):  # 
                             if score > best:
                                 best, kind, to, give, take = score, 0, h, a, b
                 # rank h gives up b for a copy of a
-                if may and (b == empty or (count[b] > 1 and not on[h, b] & PINNED)):
+                if more and count[b] > least[b] and not on[h, b] & PINNED:
                     cost = _arrive(on, h, a) - _arrive(on, h, b)
                     if cost <= room:
                         gain = _transfer(h, b, a, top, on, holders, count, tokens, speed, load)
                         score = gain / cost if cost > 0 else 1e3 * gain
-                        steps += count[a] + count[b]
+                        steps += count[a] + (0 if b == empty else count[b])
                         if score > best:
                             best, kind, to, give, take = score, 1, h, b, a
     for i in range(cap[g]):  # the slowest rank gives up a copy
         a = slot[g, i]
-        if a == empty or count[a] < 2 or on[g, a] & PINNED:
+        if a == empty or count[a] <= least[a] or on[g, a] & PINNED:
             continue
         for b in range(empty + 1):
             if b != empty and (
-                on[g, b] & ~np.uint8(OLD) != 0 or load[b] / (count[b] + 1) > load[a] / count[a]
+                on[g, b] & ~np.uint8(OLD) != 0
+                or count[b] >= most[b]
+                or load[b] / (count[b] + 1) > load[a] / count[a]
             ):
                 continue
             cost = _arrive(on, g, b) - _arrive(on, g, a)
@@ -266,15 +273,15 @@ def _reset(slot, old, on, holders, count, tokens, cap, base, load):  # type: ign
             if e != load.size - 1:
                 on[g, e] |= HELD
                 holders[e, count[e]] = g
-                count[e] += 1
+            count[e] += 1
     for g in range(cap.size):
         tokens[g] = _carry(g, slot, cap, base, load, count)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _search(  # type: ignore[no-untyped-def]
-    layers, budgets, targets, allowances, load, base, speed, cap, olds, slots, token, copies, ons,
-    stream, works, lists, lengths, curves,
+    layers, budgets, targets, allowances, load, base, speeds, cap, leasts, most, olds, slots, token,
+    copies, ons, stream, works, lists, lengths, curves,
 ):  # fmt: skip
     ranks = cap.size
     experts = load.shape[1] - 1
@@ -283,6 +290,8 @@ def _search(  # type: ignore[no-untyped-def]
     trial = np.empty_like(lists[0])
     for turn in range(layers.size):
         layer = layers[turn]
+        speed = speeds[layer]
+        least = leasts[layer]
         slot = slots[layer]
         old = olds[layer]
         tokens = token[layer]
@@ -308,7 +317,7 @@ def _search(  # type: ignore[no-untyped-def]
                 step[:] = kept[s]
                 cost = _apply(
                     step[0], step[1], step[2], step[3], step[4], slot, on, holders, count, tokens,
-                    cap, base[layer], load[layer],
+                    cap, least, most, base[layer], load[layer],
                 )  # fmt: skip
                 left -= 4 * cap[0]
                 if cost != -1000:
@@ -326,10 +335,10 @@ def _search(  # type: ignore[no-untyped-def]
                     b = slot[h, random_below(stream, layer, cap[h])]
                     if kind == 1:
                         b = random_below(stream, layer, experts + 1)
-                    if _legal(kind, g, h, a, b, on, count, allowance - used):
+                    if _legal(kind, g, h, a, b, on, count, least, most, allowance - used):
                         cost = _apply(
-                            kind, g, h, a, b, slot, on, holders, count, tokens, cap, base[layer],
-                            load[layer],
+                            kind, g, h, a, b, slot, on, holders, count, tokens, cap, least, most,
+                            base[layer], load[layer],
                         )  # fmt: skip
                         if cost != -1000:
                             used += cost
@@ -339,14 +348,15 @@ def _search(  # type: ignore[no-untyped-def]
             g = _slowest(tokens, speed)
             while tokens[g] / speed[g] > target and (first or left > 0) and n < trial.shape[0]:
                 _, kind, h, a, b, steps = _best_step(
-                    g, allowance - used, slot, on, holders, count, tokens, cap, speed, load[layer]
-                )
+                    g, allowance - used, slot, on, holders, count, tokens, cap, least, most, speed,
+                    load[layer],
+                )  # fmt: skip
                 left -= steps
                 if kind < 0:
                     break
                 used += _apply(
-                    kind, g, h, a, b, slot, on, holders, count, tokens, cap, base[layer],
-                    load[layer],
+                    kind, g, h, a, b, slot, on, holders, count, tokens, cap, least, most,
+                    base[layer], load[layer],
                 )  # fmt: skip
                 trial[n, :] = (kind, g, h, a, b)
                 n += 1
@@ -366,7 +376,7 @@ def _search(  # type: ignore[no-untyped-def]
             step[:] = kept[s]
             _apply(
                 step[0], step[1], step[2], step[3], step[4], slot, on, holders, count, tokens, cap,
-                base[layer], load[layer],
+                least, most, base[layer], load[layer],
             )  # fmt: skip
         works[layer] += budgets[turn] - left
 
@@ -404,7 +414,9 @@ class Moves:
         state, experts = self.state, self.state.load.shape[1] - 1
         for layer in layers:
             slot = self.old[layer].copy()
-            if not mend(slot, state.on[layer], state.tokens[layer] / state.speed, state.cap):
+            busy, free = state.tokens[layer] / state.speed[layer], int(state.least[layer, -1])
+            rules = (state.load[layer], state.most, free)
+            if not mend(slot, state.on[layer], busy, state.cap, *rules):
                 continue
             new = [
                 (g, slot[g, k])
@@ -432,9 +444,9 @@ class Moves:
         def run(part: slice) -> None:
             _search(
                 layers[part], budgets[part], targets[part], self.allowance[layers[part]],
-                state.load, state.base, state.speed, state.cap, self.old, state.slot,
-                state.tokens, state.copies, state.on, state.random, state.work, self.steps,
-                self.lengths, self.curve,
+                state.load, state.base, state.speed, state.cap, state.least, state.most, self.old,
+                state.slot, state.tokens, state.copies, state.on, state.random, state.work,
+                self.steps, self.lengths, self.curve,
             )  # fmt: skip
 
         list(pool.map(run, [slice(part, None, workers) for part in range(workers)]))

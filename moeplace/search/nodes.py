@@ -13,19 +13,24 @@ RESTARTS = 64
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _assign(load, size, base, speed, room, node_of, stream):  # type: ignore[no-untyped-def]
+def _assign(load, size, base, speeds, room, node_of, stream):  # type: ignore[no-untyped-def]
     """Best assignment found of each layer's groups to nodes; False where none fits."""
     layers, groups = load.shape
-    nodes = speed.size
+    nodes = speeds.shape[1]
     fits = np.zeros(layers, dtype=np.bool_)
     time = np.empty(nodes)
     free = np.empty(nodes, dtype=np.int64)
     now = np.empty(groups, dtype=np.int64)
     for layer in range(layers):
         best = np.inf
-        for restart in range(RESTARTS):
+        speed = speeds[layer]
+        for restart in range(2 * RESTARTS):
             # largest first, each to the node that would end it earliest; restarts shuffle
             key = load[layer] + size * 1e-9
+            if restart >= RESTARTS:  # where that never fits, those with most experts first
+                if fits[layer]:
+                    break
+                key = size.astype(np.float64)
             if restart > 0:
                 for i in range(groups):
                     key[i] *= 0.5 + random_below(stream, layer, 1 << 20) / float(1 << 20)
@@ -105,15 +110,19 @@ def _assign(load, size, base, speed, room, node_of, stream):  # type: ignore[no-
     return fits
 
 
-def assign(problem: Problem, groups: IntArray, seed: int) -> IntArray | None:
-    """Node [layers, groups] of each expert group on the mean load; None if none was found."""
+def assign(problem: Problem, groups: IntArray, seconds: FloatArray, seed: int) -> IntArray | None:
+    """Node [layers, groups] of each expert group on the mean load; None if none was found.
+
+    `seconds` [layers] is the makespan aimed at: token capacities slow ranks down to it.
+    """
     cluster = problem.cluster
     assert cluster.nodes is not None
     tokens, base = problem.mean_load
     nodes = int(cluster.nodes.max()) + 1
     number = int(groups.max()) + 1
     holds = cluster.slots > 0
-    speed = sum_by(cluster.speeds * holds, cluster.nodes, nodes)
+    capped = problem.capacity / np.maximum(seconds, 1e-100)[:, None]
+    speed = sum_by(np.minimum(cluster.speeds, capped) * holds, cluster.nodes, nodes)
     room = sum_by(np.minimum(cluster.slots, problem.experts), cluster.nodes, nodes)
     stream = np.arange(1, problem.layers + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     node_of = np.zeros((problem.layers, number), dtype=np.int64)

@@ -15,11 +15,17 @@ from moeplace.plan import EMPTY
 from moeplace.problem import Problem
 from moeplace.search.flow import split_layer
 from moeplace.search.improve import random_below, swap
-from moeplace.search.state import HELD, OLD, PINNED, State
+from moeplace.search.state import HELD, OLD, PINNED, State, ceiling
+
+#: Cost, in fluid bounds, of all tokens for which the ranks' capacities leave no room: no gain of
+#: time is worth it.
+OVER = 1e6
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _price(weight, tokens, base, speed, begin, cap, slot, flat, first, by_expert, share, tight):  # type: ignore[no-untyped-def]
+def _price(  # type: ignore[no-untyped-def]
+    weight, tokens, base, speed, most, begin, cap, slot, flat, first, by_expert, share, tight
+):
     """Cost of a layer, and the ranks that decide a window into `tight`; returns (cost, number)."""
     experts = tokens.shape[1]
     ranks = cap.size
@@ -40,18 +46,23 @@ def _price(weight, tokens, base, speed, begin, cap, slot, flat, first, by_expert
     total = 0.0
     n = 0
     for w in range(weight.size):
-        split_layer(tokens[w], base[w], speed, begin, flat, first, by_expert, share)
-        most = 0.0
+        short = split_layer(tokens[w], base[w], speed, most, begin, flat, first, by_expert, share)
+        longest = 0.0
         for g in range(ranks):
             carried = base[w, g]
             for p in range(begin[g], begin[g + 1]):
                 if flat[p] >= 0:
                     carried += share[p] * tokens[w, flat[p]]
             share[flat.size + g] = carried / speed[g]
-            most = max(most, carried / speed[g])
-        total += weight[w] * most
+            longest = max(longest, carried / speed[g])
+            if short > 0.0 and carried >= most[g] * (1 - 1e-9) and n < tight.size:
+                tight[n] = g
+                n += 1
+        total += weight[w] * longest
+        if short > 0.0:
+            total += OVER * short / speed.sum()
         for g in range(ranks):
-            if share[flat.size + g] >= most * (1 - 1e-9) and n < tight.size:
+            if share[flat.size + g] >= longest * (1 - 1e-9) and n < tight.size:
                 tight[n] = g
                 n += 1
     return total, n
@@ -64,8 +75,8 @@ def _new(on, g, e):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _polish(  # type: ignore[no-untyped-def]
-    layers, trials, targets, allowances, weight, tokens, bases, speed, cap, begin, slots, copies,
-    ons, stream, works, costs,
+    layers, trials, targets, allowances, weight, tokens, bases, speed, most, cap, begin, leasts,
+    limit, slots, copies, ons, stream, works, costs,
 ):  # fmt: skip
     experts = tokens.shape[2]
     ranks = cap.size
@@ -80,10 +91,11 @@ def _polish(  # type: ignore[no-untyped-def]
         slot = slots[layer]
         on = ons[layer]
         count = copies[layer]
+        least = leasts[layer]
         load = tokens[:, layer]
         base = bases[:, layer]
         now, number = _price(
-            weight, load, base, speed, begin, cap, slot, flat, first, by_expert, share, tight
+            weight, load, base, speed, most, begin, cap, slot, flat, first, by_expert, share, tight
         )
         used = 0
         for g in range(ranks):
@@ -111,9 +123,9 @@ def _polish(  # type: ignore[no-untyped-def]
             else:  # rank h gives b up for a copy of a, or the tight rank for anything
                 if h == g:
                     a = random_below(stream, layer, experts + 1)
-                if (b != experts and (count[b] < 2 or on[h, b] & PINNED)) or a == b:
+                if count[b] <= least[b] or on[h, b] & PINNED or a == b:
                     continue
-                if a != experts and on[h, a] & ~np.uint8(OLD):
+                if count[a] >= limit[a] or on[h, a] & ~np.uint8(OLD):
                     continue
                 cost = _new(on, h, a) - _new(on, h, b)
             if used + cost > allowances[turn]:
@@ -129,8 +141,8 @@ def _polish(  # type: ignore[no-untyped-def]
                 if back == 1:
                     break
                 after, n = _price(
-                    weight, load, base, speed, begin, cap, slot, flat, first, by_expert, share,
-                    trial_tight,
+                    weight, load, base, speed, most, begin, cap, slot, flat, first, by_expert,
+                    share, trial_tight,
                 )  # fmt: skip
                 if after <= now:
                     now = after
@@ -162,6 +174,7 @@ class Polish:
         self.problem, self.state, self.allowance = problem, state, allowance
         self.begin = np.concatenate([[0], state.cap.cumsum()])
         self.cost = np.full(problem.layers, np.inf)
+        self.weight, self.capacity = problem.window_weight, ceiling(problem)
 
     def improve(
         self,
@@ -177,8 +190,9 @@ class Polish:
         def run(part: slice) -> None:
             _polish(
                 layers[part], trials, targets[part], self.allowance[layers[part]],
-                problem.window_weight, problem.tokens, problem.base, state.speed, state.cap,
-                self.begin, state.slot, state.copies, state.on, state.random, state.work, self.cost,
+                self.weight, problem.tokens, problem.base, problem.cluster.speeds, self.capacity,
+                state.cap, self.begin, state.least, state.most, state.slot, state.copies, state.on,
+                state.random, state.work, self.cost,
             )  # fmt: skip
 
         list(pool.map(run, [slice(part, None, workers) for part in range(workers)]))

@@ -3,22 +3,33 @@
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 import numpy as np
 
-from moeplace._check import BoolArray, FloatArray, IntArray
+from moeplace._check import BoolArray, FloatArray, IntArray, frozen
 from moeplace.bounds import Bound, layer_floor, lower_bound, mean_bound
-from moeplace.constraints import Constraint, MaxMoves, NodeGroups
+from moeplace.constraints import (
+    CAPACITY_SLACK,
+    Constraint,
+    MaxMoves,
+    MaxReplicas,
+    NodeGroups,
+    ReplicaBudget,
+    TokenCapacity,
+)
 from moeplace.errors import PlanError, PolicyNotApplicable
 from moeplace.evaluate import Evaluation, evaluate
 from moeplace.hardware import Cluster
 from moeplace.loads import LoadHistogram
-from moeplace.plan import Plan
+from moeplace.nodes_bound import share_groups
+from moeplace.plan import EMPTY, Plan
 from moeplace.policies import POLICIES
 from moeplace.problem import Problem
 from moeplace.result import Limits, Progress
+from moeplace.search.aims import Aims
+from moeplace.search.budget import allot, points
 from moeplace.search.construct import adopt, construct
 from moeplace.search.groups import grouped
 from moeplace.search.improve import improve
@@ -39,14 +50,23 @@ DEFAULT_WORK = 2_000_000
 #: Search steps between two looks at the clock, a few milliseconds.
 STRIDE = 400_000
 #: Rounds of the search over several windows, and its first threshold: this over the slots, times
-#: the cost (what one exchange changes shrinks with the number of slots).
-ROUNDS, HEAT = 20, 0.18
+#: the cost (what one exchange changes shrinks with the number of slots); few slots have few ways
+#: around a bad place, so their first threshold is at least the third number over their square.
+ROUNDS, HEAT, FEW_HEAT = 20, 0.18, 7.0
 #: Share of time and work that a problem of several windows spends on the mean load.
 MEAN_SHARE = 0.15
+#: The same under a budget of moves.
+MOVES_SHARE = 0.6
 #: Share of both that is spent near a start plan, if that does not bring all within the gap.
 NEAR_SHARE = 0.3
 #: Share of both for the search under even routing, if the routing is weighted.
 WEIGHTED_SHARE = 0.3
+#: Share of both for finding out how many replicas of a budget each layer should have.
+BUDGET_SHARE = 0.5
+#: How far the weights of windows move, each round, to those that decide the CVaR.
+RISK_STEP = 0.3
+#: Rules that the sliding window and groups of ranks can obey.
+POURED = (TokenCapacity, MaxReplicas, ReplicaBudget)
 
 
 @dataclass
@@ -64,6 +84,8 @@ class Run:
     work: int = 0
     reported: float = 0.0
     from_start: bool = False  # then layers within the gap stay as they are: fewer moves
+    quota: IntArray | None = None  # most replicas in each layer [layers], if that is limited
+    nearest: Evaluation | None = None  # breaks no rule but token capacities; until one is legal
 
     def late(self, share: float = 1.0) -> bool:
         """Whether the time, or a share of it, is up."""
@@ -101,12 +123,29 @@ class Run:
         bound = layer_floor(self.problem, self.bound)
         return np.asarray(reached > bound * (1 + self.limits.gap))
 
+    @property
+    def kept(self) -> Evaluation | None:
+        """The best legal plan, or the one that comes nearest to the token capacities."""
+        return self.nearest if self.best is None else self.best
+
+    def over(self, priced: Evaluation) -> FloatArray:
+        """Tokens in each layer [layers] above the ranks' capacities, over all windows."""
+        capacity = self.problem.capacity * (1 + CAPACITY_SLACK)
+        return np.asarray(np.maximum(priced.rank_tokens - capacity, 0.0).sum(axis=(0, 2)))
+
+    @property
+    def closed(self) -> bool:
+        """Whether the objective is within the gap."""
+        most = self.bound.total * (1 + self.limits.gap)
+        return self.best is not None and self.best.objective <= most
+
     def offer(self, plan: Plan, name: str = "") -> None:
         """Keep the plan where it is better, layer by layer; an illegal one is passed over.
 
-        Layers do not constrain each other (a total of moves aside), so under the mean over
-        windows the best of two plans is the better one in each layer. The worst window couples
-        layers: there, the better of the two plans, or of their layers mixed, is kept.
+        Layers do not constrain each other (totals of moves and replicas aside), so under the mean
+        over windows the best of two plans is the better one in each layer. The worst window and
+        CVaR couple layers: there, the better of the two plans, or of their layers mixed, is kept.
+        Until a plan obeys the token capacities in all layers, the mixed one is kept as `nearest`.
 
         Raises
         ------
@@ -115,15 +154,20 @@ class Run:
         """
         problem = self.problem
         new = at_best_shares(problem, plan) if plan.split is None else evaluate(problem, plan)
-        if not new.legal:
-            if name:
-                raise PlanError(f"{name} breaks a rule of the problem: {new.violations[0]}.")
+        if not new.legal and name:
+            raise PlanError(f"{name} breaks a rule of the problem: {new.violations[0]}.")
+        if not self._near(new):
             return
-        if self.best is None:
-            self.best = new
+        if self.quota is not None and (plan.replicas.sum(axis=1) > self.quota).any():
             return
-        old = self.best
-        better = problem.mean(new.makespan) < problem.mean(old.makespan)
+        old = self.kept
+        if old is None:
+            self._keep([new])
+            return
+        better = self._better(new, old)
+        if not (new.legal and old.legal):
+            more, less = self.over(new), self.over(old)
+            better = (more < less) | (more == less) & better
         if self.from_start:
             better &= self.open
         candidates = [old, new] if not self.from_start else [old]
@@ -131,7 +175,38 @@ class Run:
             candidates.append(new)
         elif better.any():
             candidates.append(evaluate(problem, _mix(better, new.plan, old.plan)))
-        self.best = min((c for c in candidates if c.legal), key=lambda priced: priced.objective)
+        self._keep(candidates)
+
+    def _better(self, new: Evaluation, old: Evaluation) -> BoolArray:
+        """Layers [layers] to be taken from the new plan: where windows cost less, all in all.
+
+        If layers are coupled, one after the other, where the objective falls.
+        """
+        problem = self.problem
+        if problem.objective == "mean":
+            return np.asarray(problem.mean(new.makespan) < problem.mean(old.makespan))
+        change = (new.makespan - old.makespan) * problem.layer_weight
+        steps, least = old.step_seconds, old.objective
+        better = np.zeros(problem.layers, dtype=np.bool_)
+        for layer in range(problem.layers):
+            tried = steps + change[:, layer]
+            total = float((tried * problem.risk_weight(tried)).sum())
+            if total < least * (1 - 1e-12):
+                steps, least, better[layer] = tried, total, True
+        return better
+
+    def _near(self, priced: Evaluation) -> bool:
+        """Whether a plan breaks no rule but token capacities."""
+        over = priced.rank_tokens > self.problem.capacity * (1 + CAPACITY_SLACK)
+        return len(priced.violations) == np.count_nonzero(over)
+
+    def _keep(self, candidates: list[Evaluation]) -> None:
+        legal = [priced for priced in candidates if priced.legal]
+        if legal:
+            self.best = min(legal, key=lambda priced: priced.objective)
+            return
+        near = [priced for priced in candidates if self._near(priced)]
+        self.nearest = min(near, key=lambda priced: (self.over(priced) > 0).sum())
 
     def report(self, state: State) -> None:
         """Tell the callback where the search stands, at most ten times a second."""
@@ -171,7 +246,8 @@ def rehearse(weighted: bool, several: bool, near: bool, grouped: bool) -> None:
     tokens = np.array([[9.0, 7, 5, 3, 1], [1, 3, 5, 7, 9]])[: 1 + several, None]
     cluster = Cluster(speeds=np.array([1, 0.9, 1.1]), slots=np.full(3, 2), nodes=np.arange(3))
     current = Plan(slots=[[0, 1, 2, 3, 4, -1]], rank_slots=cluster.slots, experts=5)  # type: ignore[arg-type]
-    rules: list[Constraint] = [MaxMoves(current, per_layer=2)] if near else []
+    rules: list[Constraint] = [TokenCapacity(100.0)]  # not tight: what it needs besides is run
+    rules += [MaxMoves(current, per_layer=2)] if near else []
     rules += [NodeGroups(np.array([0, 0, 1, 1, 2]))] if grouped else []
     problem = Problem(
         LoadHistogram(tokens=tokens),
@@ -192,6 +268,12 @@ def search(run: Run, start: Plan | None) -> None:
         run.offer(start, "The start plan")
         run.from_start = True
     with ThreadPoolExecutor(run.workers) as pool:
+        if run.problem.replica_budget is not None:
+            if _pours(run.problem):
+                _pour(run)
+                if run.best is not None and not run.open.any():
+                    return
+            _share_replicas(run)
         if run.problem.max_moves is not None:
             _few_moves(run, run.problem.max_moves.current, run.problem.max_moves.allowance(), pool)
         else:
@@ -203,17 +285,23 @@ def _afresh(run: Run, start: Plan | None, pool: ThreadPoolExecutor) -> None:
     problem = run.problem
     if run.best is not None and not run.open.any():
         return
-    if problem.routing == "weighted" and not problem.constraints:
+    if _pours(problem):
         _pour(run)
         if run.best is not None and not run.open.any():
             return
-    state = State.of(problem, run.seed)
+    state = State.of(problem, run.seed, run.quota)
     if problem.node_groups is not None:
         groups = problem.node_groups.of(problem.experts)
-        node_of = assign(problem, groups, run.seed)
+        alone = problem.windows == 1 and len(problem.constraints) == 1
+        shared = share_groups(problem) if alone else None
+        if shared is None:
+            node_of = assign(problem, groups, run.targets, run.seed)
+        else:
+            node_of = shared.node_of[0]
         if node_of is None:
             return
         _bar_nodes(problem, state, node_of)
+    aims = _aims(run, state)
     if construct(state) >= 0:
         return
     share = 1.0 if problem.windows == 1 else MEAN_SHARE
@@ -228,28 +316,30 @@ def _afresh(run: Run, start: Plan | None, pool: ThreadPoolExecutor) -> None:
                 _near_start_in_windows(run, pool)
             if not run.open.any():
                 return
-        _descend(run, state, pool, share, rounds=1)
+        _descend(run, state, aims, pool, share, rounds=1)
         run.offer(state.plan(problem))
         if not run.open.any():
             return
         for name in RIVALS:
-            if not run.late(RIVAL_SHARE):
+            if not run.late(RIVAL_SHARE) and run.quota is None:  # they fill all slots
                 try:
                     run.offer(POLICIES[name](problem))
                 except PolicyNotApplicable:
                     continue
-        assert run.best is not None
+        assert run.kept is not None
         if problem.windows == 1 and not weighted and problem.node_groups is None:
-            _take_better(run, state, run.best.plan)
-        if weighted and not problem.constraints:
+            _take_better(state, run.kept.plan)
+        if weighted and _pours(problem):
             _join_ranks(run)
-        _descend(run, state, pool, share)
+        _descend(run, state, aims, pool, share)
         if problem.windows > 1 and not weighted:
             run.offer(state.plan(problem))
+            if run.quota is not None:
+                adopt(state, run.kept.plan, _affordable(state, run.kept.plan))
             _all_windows(run, state, pool)
         if weighted:
             run.offer(state.plan(problem))
-            adopt(state, run.best.plan, np.arange(problem.layers))
+            adopt(state, run.kept.plan, _affordable(state, run.kept.plan))
             unlimited = np.full(problem.layers, 1 << 40)
             _polish(run, state, unlimited, pool)
     finally:  # also when interrupted
@@ -258,19 +348,25 @@ def _afresh(run: Run, start: Plan | None, pool: ThreadPoolExecutor) -> None:
 
 def _holding(run: Run, plan: Plan) -> State:
     """A state that holds a plan's placement in all layers."""
-    state = State.of(run.problem, run.seed)
+    state = State.of(run.problem, run.seed, run.quota)
     adopt(state, plan, np.arange(run.problem.layers))
     return state
+
+
+def _aims(run: Run, state: State) -> Aims:
+    """Aims at the targets within the gap."""
+    return Aims(run.problem, state, run.targets * (1 + run.limits.gap) / state.unit)
 
 
 def _near_start(run: Run, state: State, start: Plan, pool: ThreadPoolExecutor) -> None:
     """Take layers that the start plan is best in, or that few steps bring within the gap."""
     near = _holding(run, start)
     layers = np.arange(run.problem.layers)
-    _take_better(run, state, start)
+    _take_better(state, start)
     slots = run.problem.cluster.total_slots
+    target = _aims(run, near).target
     moves = Moves(near, np.full(layers.size, slots))
-    target = run.targets * (1 + run.limits.gap) / near.unit
+    moves.mend(_broken(near))
     moves.improve(layers, np.ones_like(layers), target, pool, run.workers)  # greedy, no kicks
     near_plan = near.plan(run.problem)
     run.offer(near_plan)
@@ -278,9 +374,11 @@ def _near_start(run: Run, state: State, start: Plan, pool: ThreadPoolExecutor) -
 
 
 def _broken(state: State) -> IntArray:
-    """Layers whose placement breaks a pin or a bar."""
+    """Layers whose placement breaks a pin, a bar or a limit of replicas."""
     held, barred, pinned = ((state.on & bit) > 0 for bit in (HELD, BARRED, PINNED))
-    return np.flatnonzero(((held & barred) | (pinned & ~held)).any(axis=(1, 2)))
+    misplaced = ((held & barred) | (pinned & ~held)).any(axis=(1, 2))
+    miscounted = ((state.copies < state.least) | (state.copies > state.most)).any(axis=1)
+    return np.flatnonzero(misplaced | miscounted)
 
 
 def _near_start_in_windows(run: Run, pool: ThreadPoolExecutor) -> None:
@@ -309,20 +407,34 @@ def _bar_nodes(problem: Problem, state: State, node_of: IntArray) -> None:
     state.on[:, :, : problem.experts] |= np.where(elsewhere, BARRED, 0).astype(np.uint8)
 
 
-def _take_better(run: Run, state: State, plan: Plan) -> None:
+def _take_better(state: State, plan: Plan) -> None:
     """Continue from `plan` in the layers where it beats the state under even routing."""
     held = plan.by_rank(plan.slots)
     share = np.where(held >= 0, 1.0, 0.0)
     layer = np.arange(plan.layers)[:, None, None]
     share *= state.load[layer, np.maximum(held, 0)] / plan.replicas[layer, np.maximum(held, 0)]
     makespan = ((state.base + share.sum(axis=2)) / state.speed).max(axis=1)
-    adopt(state, plan, np.flatnonzero(makespan < state.makespan * (1 - 1e-12)))
+    better = np.flatnonzero(makespan < state.makespan * (1 - 1e-12))
+    adopt(state, plan, np.intersect1d(better, _affordable(state, plan)))
+
+
+def _affordable(state: State, plan: Plan) -> IntArray:
+    """Layers in which the plan has no more replicas than the state may."""
+    quota = state.cap.sum() - state.least[:, -1]
+    return np.flatnonzero(plan.replicas.sum(axis=1) <= quota)
+
+
+def _pours(problem: Problem) -> bool:
+    """Whether the sliding window applies."""
+    poured = all(isinstance(rule, POURED) for rule in problem.constraints)
+    return problem.routing == "weighted" and poured
 
 
 def _pour(run: Run) -> None:
     """Weighted routing: the sliding window, which often reaches the bound exactly."""
     problem = run.problem
     slots, split, placed = window(problem, run.targets * (1 + 2e-12))
+    placed &= _within_limits(run, slots)
     if placed.all():
         plan = Plan(
             slots=slots,
@@ -332,7 +444,7 @@ def _pour(run: Run) -> None:
         )
         run.offer(plan)
     elif placed.any() and problem.windows == 1:
-        state = State.of(problem, run.seed)
+        state = State.of(problem, run.seed, run.quota)
         construct(state)
         rest = resplit(problem, state.plan(problem))
         assert rest.split is not None
@@ -349,11 +461,12 @@ def _pour(run: Run) -> None:
 def _join_ranks(run: Run) -> None:
     """Weighted routing with few spare slots: ranks in groups, the makespan aimed at bisected."""
     problem, steps = run.problem, 64 * run.problem.cluster.total_slots
-    assert run.best is not None
+    assert run.kept is not None
     weight = problem.window_weight
-    slots = run.best.plan.slots.copy()
+    slots = run.kept.plan.slots.copy()
+    over = run.over(run.kept) > 0
     for layer in np.flatnonzero(run.open).tolist():
-        best = (run.best.makespan[:, layer] * weight).sum()
+        best = np.inf if over[layer] else (run.kept.makespan[:, layer] * weight).sum()
         low, high, width = 0.0, np.inf, 0.0  # above the bound: failed, reached, the next try
         for _ in range(12):
             if run.late() or high - low < run.limits.gap:
@@ -364,7 +477,8 @@ def _join_ranks(run: Run) -> None:
             reached = np.inf
             if found is not None:
                 tried = to_slots(found[0][None], problem.cluster.slots)[0]
-                reached = (layer_makespan(problem, layer, tried) * weight).sum()
+                if _within_limits(run, tried[None])[0]:
+                    reached = (layer_makespan(problem, layer, tried) * weight).sum()
             if reached < best:
                 best, slots[layer] = reached, tried
             if reached <= goal * (1 + run.limits.gap):
@@ -377,8 +491,22 @@ def _join_ranks(run: Run) -> None:
     run.offer(Plan(slots=slots, rank_slots=problem.cluster.slots, experts=problem.experts))
 
 
+def _within_limits(run: Run, slots: IntArray) -> BoolArray:
+    """Which layers, of slots [layers or 1, slots], obey the limits of replicas."""
+    copies = np.zeros((slots.shape[0], run.problem.experts), dtype=np.int64)
+    layer, slot = np.nonzero(slots >= 0)
+    np.add.at(copies, (layer, slots[layer, slot]), 1)
+    few = np.asarray((copies <= run.problem.most_replicas).all(axis=1))
+    return few if run.quota is None else few & (copies.sum(axis=1) <= run.quota)
+
+
 def _descend(
-    run: Run, state: State, pool: ThreadPoolExecutor, share: float, rounds: int | None = None
+    run: Run,
+    state: State,
+    aims: Aims,
+    pool: ThreadPoolExecutor,
+    share: float,
+    rounds: int | None = None,
 ) -> None:
     """Exchange search in rounds: steps go to the open layers, most to the largest gaps.
 
@@ -386,12 +514,12 @@ def _descend(
     worth a round; rounds grow to 100,000 steps a layer and more.
     """
     problem = run.problem
-    target = run.targets * (1 + run.limits.gap) / state.unit
     slots = problem.cluster.total_slots
     per_layer = 32 * slots
     weight = state.unit * problem.layer_weight
     done = 0
     while not run.late(share) and done != rounds:
+        target = aims.aim
         excess = (state.makespan - target) * weight
         layers = np.flatnonzero(excess > 0)
         layers = layers[np.argsort(-excess[layers], kind="stable")]
@@ -408,6 +536,11 @@ def _descend(
             run.report(state)
             if run.late(share):
                 return
+        if aims.limited:
+            run.offer(state.plan(problem))
+            aims.follow()
+            if run.kept is not None and problem.node_groups is None:
+                _take_better(state, run.kept.plan)
         per_layer = min(2 * per_layer, 100_000 + 64 * slots)
         done += 1
 
@@ -433,17 +566,19 @@ def _few_moves(run: Run, current: Plan, allowance: IntArray, pool: ThreadPoolExe
         layer, slot = np.nonzero(current.slots >= 0)
         node_of[layer, groups[current.slots[layer, slot]]] = node[slot]
         _bar_nodes(problem, state, node_of)
-    target = run.targets * (1 + run.limits.gap) / state.unit
+    aims = _aims(run, state)
     moves = Moves(state, allowance)
     broken = _broken(state)
     if broken.size:
         moves.mend(broken)
     total = rules.total if rules is not None else None
     per_layer = 64 * problem.cluster.total_slots
-    share = WEIGHTED_SHARE if problem.routing == "weighted" else 1.0
+    weighted = problem.routing == "weighted"
+    share = WEIGHTED_SHARE if weighted else 1.0 if problem.windows == 1 else MOVES_SHARE
     left = run.steps * share
     try:
         while not run.late(share) and left > 0:
+            target = aims.aim
             layers = np.flatnonzero(state.makespan > target)
             if layers.size == 0:
                 break
@@ -459,26 +594,94 @@ def _few_moves(run: Run, current: Plan, allowance: IntArray, pool: ThreadPoolExe
             if total is not None:
                 moves.share_out(total, state.unit * problem.layer_weight, target, pool)
                 total = None
+            if aims.limited:
+                run.offer(state.plan(problem))
+                aims.follow()
             per_layer = min(4 * per_layer, 4_000_000)
     finally:
         if total is not None:
-            moves.share_out(total, state.unit * problem.layer_weight, target, pool)
+            moves.share_out(total, state.unit * problem.layer_weight, aims.aim, pool)
         run.offer(state.plan(problem))
-    if problem.routing == "weighted":
-        try:
+    try:
+        if weighted:
             _polish(run, state, moves.allowance, pool)
-        finally:
-            run.offer(state.plan(problem))
+        elif problem.windows > 1:
+            _all_windows(run, state, pool, moves.allowance)
+    finally:
+        run.offer(state.plan(problem))
 
 
-def _all_windows(run: Run, state: State, pool: ThreadPoolExecutor) -> None:
-    """Several windows, one placement: anneal on all; the worst window moves the weights there."""
+def _share_replicas(run: Run) -> None:
+    """Replicas of each layer under a budget over all, by what each reaches with so many.
+
+    Layers are solved apart with more and more replicas; the best way to share the budget is then
+    found exactly (see `budget`), and its plan offered.
+    """
+    problem, budget = run.problem, run.problem.replica_budget
+    assert budget is not None
+    need = np.maximum(problem.pinned.sum(axis=2), 1).sum(axis=1)
+    usable = int(np.minimum(problem.cluster.slots, problem.experts).sum())
+    most = min(usable, int(problem.most_replicas.sum())) - need
+    spare = budget - int(need.sum())
+    if spare >= most.sum():
+        return
+    rules: list[Constraint] = []
+    for rule in problem.constraints:
+        if isinstance(rule, MaxMoves) and rule.total is not None:  # layers apart
+            least = rule.total if rule.per_layer is None else min(rule.total, rule.per_layer)
+            rules.append(MaxMoves(rule.current, per_layer=least))
+        elif not isinstance(rule, ReplicaBudget):
+            rules.append(rule)
+    apart = replace(problem, constraints=rules)
+    extra = points(min(int(most.max()), spare))
+    cost = np.full((problem.layers, extra.size), np.inf)
+    slots = np.full((extra.size, problem.layers, problem.cluster.total_slots), EMPTY)
+    for turn, more in enumerate(extra):
+        limits = _part(run, BUDGET_SHARE, extra.size - turn)
+        one = Run(
+            apart, run.bound, limits, time.perf_counter(), run.seed, run.workers, None,
+            quota=need + np.minimum(more, most),
+        )  # fmt: skip
+        search(one, None)
+        run.work += one.work
+        if one.kept is not None:
+            run.offer(one.kept.plan)
+            slots[turn] = one.kept.plan.slots
+            reached = problem.mean(one.kept.makespan) * problem.layer_weight
+            cost[:, turn] = np.where(one.over(one.kept) > 0, np.inf, reached)
+    given, of = allot(cost, np.minimum(extra, most[:, None]), spare)
+    run.quota = need + given
+    layers = np.arange(problem.layers)
+    if np.isfinite(cost[layers, of]).all():
+        best, rank_slots = slots[of, layers], problem.cluster.slots
+        run.offer(Plan(slots=best, rank_slots=rank_slots, experts=problem.experts))
+
+
+def _part(run: Run, share: float, parts: int) -> Limits:
+    """One of `parts` equal parts of what is left of a share of time and work."""
+    time, work = run.limits.time, None
+    if time is not None:
+        time = max(time * share - run.seconds, 0.0) / parts
+    if run.steps < float("inf"):
+        work = int(max(run.steps * share - run.work, 0) / parts)
+    return Limits(time=time, work=work, gap=run.limits.gap)
+
+
+def _all_windows(
+    run: Run, state: State, pool: ThreadPoolExecutor, allowance: IntArray | None = None
+) -> None:
+    """Several windows, one placement: anneal on all; windows that decide move the weights there.
+
+    `allowance` [layers]: copies that each layer may receive.
+    """
     problem = run.problem
-    every = Windows(problem, state)
+    every = Windows(problem, state, allowance)
     layers = np.arange(problem.layers)
     weight = problem.window_weight.copy()
     if problem.objective == "worst":
         weight = np.full(problem.windows, 1.0 / problem.windows)
+    slots = problem.cluster.total_slots
+    hottest = max(HEAT, FEW_HEAT / slots) / slots
     trials, began, begun_work = 200, run.seconds, run.work
     for turn in range(ROUNDS):
         if run.late() or run.work >= run.steps:
@@ -487,18 +690,22 @@ def _all_windows(run: Run, state: State, pool: ThreadPoolExecutor) -> None:
             left = (run.steps - begun_work) / (problem.layers * problem.windows * ROUNDS)
             trials = max(int(left), 1)
         cooling = np.array([1 - turn / ROUNDS, 1 - (turn + 1) / ROUNDS])
-        heat = np.tile(HEAT / problem.cluster.total_slots * cooling, (layers.size, 1))
+        heat = np.tile(hottest * cooling, (layers.size, 1))
         for mine in _chunks(np.full(layers.size, trials * (10 + problem.windows))):
             every.improve(layers[mine], trials, heat[mine], weight, pool, run.workers)
             if run.late():
                 break
         run.work += trials * problem.layers * problem.windows
-        if problem.objective == "worst":
+        if problem.objective != "mean" or np.isfinite(problem.capacity).any():
             run.offer(state.plan(problem))
+        if problem.objective == "worst":
             steps = evaluate(problem, state.plan(problem)).step_seconds
             weight /= 1 + 20 * (1 - steps / steps.max())  # no exp: its last bit differs by CPU
             weight /= weight.sum()
-        elif run.best is not None and run.best.objective <= run.bound.total * (1 + run.limits.gap):
+        elif problem.objective == "cvar":
+            steps = evaluate(problem, state.plan(problem)).step_seconds
+            weight += RISK_STEP * (problem.risk_weight(steps) - weight)  # no jumps to and fro
+        if problem.objective != "worst" and run.closed:
             return
         if run.limits.time is not None:
             spent = run.seconds - began
@@ -512,10 +719,11 @@ def _polish(run: Run, state: State, allowance: IntArray, pool: ThreadPoolExecuto
     """Weighted routing: change single slots of the open layers, priced at their best shares."""
     problem = run.problem
     polish = Polish(problem, state, allowance)
-    target = problem.mean(run.bound.per_layer) * (1 + run.limits.gap)
     slots = problem.cluster.total_slots
     trials = 16
     while not run.late():
+        bound = (run.bound.per_layer * polish.weight[:, None]).sum(axis=0)
+        target = bound * (1 + run.limits.gap)
         layers = np.flatnonzero(polish.cost > target)
         left = (run.steps - run.work) / max(layers.size * slots, 1)
         if layers.size == 0 or left < 1:
@@ -528,6 +736,15 @@ def _polish(run: Run, state: State, allowance: IntArray, pool: ThreadPoolExecuto
             if run.late():
                 return
         trials = min(2 * trials, 1024)
+        if problem.objective != "mean" and problem.windows > 1:
+            run.offer(state.plan(problem))
+            steps = at_best_shares(problem, state.plan(problem)).step_seconds
+            risk = problem.risk_weight(steps)
+            polish.weight = frozen(polish.weight + RISK_STEP * (risk - polish.weight))
+            polish.cost[:] = np.inf
+            trials = min(trials, 64)
+            if run.closed:
+                return
 
 
 def _mix(take: BoolArray, new: Plan, old: Plan) -> Plan:

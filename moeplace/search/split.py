@@ -3,10 +3,12 @@
 import numpy as np
 
 from moeplace._check import FloatArray, IntArray, frozen, sum_by
+from moeplace.constraints import CAPACITY_SLACK
 from moeplace.errors import ProblemError
 from moeplace.evaluate import Evaluation, check_fits, evaluate
 from moeplace.plan import Plan, by_rank
 from moeplace.problem import Problem
+from moeplace.search.state import ceiling
 
 
 def resplit(problem: Problem, plan: Plan) -> Plan:
@@ -14,7 +16,8 @@ def resplit(problem: Problem, plan: Plan) -> Plan:
 
     Exact: a parametric maximum flow finds the least T at which all tokens reach ranks that hold
     their experts (discrete Newton: each minimum cut names the ranks that are too slow and gives
-    the next T). Shares are per window when the problem has several.
+    the next T). Where token capacities leave no room, some tokens break them.
+    Shares are per window when the problem has several.
 
     Raises
     ------
@@ -33,7 +36,8 @@ def resplit(problem: Problem, plan: Plan) -> Plan:
     check_fits(problem, plan)
     split = np.empty((problem.windows, *plan.slots.shape))
     begin = np.concatenate([[0], plan.rank_slots.cumsum()])
-    shares(problem.tokens, problem.base, problem.cluster.speeds, begin, plan.slots, split)
+    speeds = problem.cluster.speeds
+    shares(problem.tokens, problem.base, speeds, ceiling(problem), begin, plan.slots, split)
     return plan.with_split(split[0] if problem.windows == 1 else split)
 
 
@@ -43,7 +47,10 @@ def at_best_shares(problem: Problem, plan: Plan) -> Evaluation:
 
 
 def layer_makespan(problem: Problem, layer: int, slots: IntArray) -> FloatArray:
-    """Makespan [windows] of one layer's slots [slots] at their best shares."""
+    """Makespan [windows] of one layer's slots [slots] at their best shares.
+
+    Infinite where token capacities leave no room.
+    """
     from moeplace.search.flow import shares
 
     tokens, base = frozen(problem.tokens[:, layer]), frozen(problem.base[:, layer])
@@ -53,9 +60,11 @@ def layer_makespan(problem: Problem, layer: int, slots: IntArray) -> FloatArray:
     speeds = problem.cluster.speeds
     held = slots[None].copy()
     held.setflags(write=False)
-    shares(tokens[:, None], base[:, None], speeds, begin, held, split)
+    shares(tokens[:, None], base[:, None], speeds, ceiling(problem), begin, held, split)
     carried = split[:, 0] * tokens[:, np.maximum(slots, 0)]
     on_rank = np.repeat(np.arange(rank_slots.size), rank_slots)
     total = base + sum_by(carried, on_rank, rank_slots.size)
     activated = problem.cluster.activated(np.maximum(by_rank(carried, rank_slots), 0.0))
-    return np.asarray(problem.cluster.seconds(total, activated).max(axis=1))
+    makespan = problem.cluster.seconds(total, activated).max(axis=1)
+    over = (total > problem.capacity * (1 + CAPACITY_SLACK)).any(axis=1)
+    return np.where(over, np.inf, makespan)

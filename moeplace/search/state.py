@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moeplace._check import FloatArray, IntArray
+from moeplace._check import FloatArray, IntArray, frozen
+from moeplace.constraints import CAPACITY_SLACK
 from moeplace.plan import EMPTY, Plan
 from moeplace.problem import Problem
 
@@ -27,9 +28,15 @@ class State:
     load : array [layers, experts + 1]
         Tokens; the last column (EMPTY) is 0.
     base : array [layers, ranks]
-    speed : array [ranks]
+    speed : array [layers, ranks]
+        What a layer's makespan is measured by (see `aims`: token capacities lower it).
     cap : array [ranks]
         Slots of each rank that can be used.
+    least : array [layers, experts + 1]
+        Copies that must stay: 1 of each expert, and of EMPTY the slots beyond the layer's quota
+        of replicas.
+    most : array [experts + 1]
+        Copies that there may be; of EMPTY any number.
     unit : array [layers]
         What makespans here are multiplied by to get seconds.
     slot : array [layers, ranks, most slots]
@@ -38,6 +45,7 @@ class State:
         Tokens that the slot carries under even routing.
     tokens : array [layers, ranks]
     copies : array [layers, experts + 1]
+        Replicas of each expert; free slots in the last column.
     on : array of bits [layers, ranks, experts + 1]
         HELD: the rank has a replica; BARRED: it must not; PINNED: it must; OLD: the current
         plan has it there.
@@ -51,6 +59,8 @@ class State:
     base: FloatArray
     speed: FloatArray
     cap: IntArray
+    least: IntArray
+    most: IntArray
     unit: FloatArray
     slot: IntArray
     value: FloatArray
@@ -61,12 +71,18 @@ class State:
     work: IntArray
 
     @classmethod
-    def of(cls, problem: Problem, seed: int = 0) -> "State":
-        """Empty state of the problem's layers, on the weighted mean of its windows."""
+    def of(cls, problem: Problem, seed: int = 0, quota: IntArray | None = None) -> "State":
+        """Empty state of the problem's layers, on the weighted mean of its windows.
+
+        `quota` [layers] limits the replicas in each layer; by default their slots do.
+        """
         tokens, base = problem.mean_load
         cluster = problem.cluster
         unit = cluster.fluid_seconds(tokens.sum(axis=1), base)
         state = cls._empty(tokens, base, unit, cluster.speeds, cluster.slots, seed)
+        state.most[:-1] = problem.most_replicas
+        if quota is not None:
+            state.least[:, -1] = np.maximum(state.cap.sum() - quota, 0)
         if problem.constraints:
             held = state.on[:, :, : problem.experts]
             held |= np.where(problem.allowed, 0, BARRED).astype(np.uint8).swapaxes(1, 2)
@@ -104,8 +120,10 @@ class State:
         return cls(
             load=load,
             base=base / unit[:, None],
-            speed=np.array(speed),
+            speed=np.tile(speed, (layers, 1)),
             cap=cap,
+            least=np.repeat([[1] * experts + [0]], layers, axis=0),
+            most=np.full(experts + 1, np.iinfo(np.int64).max),
             unit=unit,
             slot=np.full((layers, cap.size, most), experts),
             value=np.zeros((layers, cap.size, most)),
@@ -128,6 +146,11 @@ class State:
         rank_slots = problem.cluster.slots
         slots = to_slots(np.where(ordered == problem.experts, EMPTY, ordered), rank_slots)
         return Plan(slots=slots, rank_slots=rank_slots, experts=problem.experts)
+
+
+def ceiling(problem: Problem) -> FloatArray:
+    """Token capacity of each rank [ranks], with the slack for rounding but for a thousandth."""
+    return frozen(problem.capacity * (1 + 0.999 * CAPACITY_SLACK))
 
 
 def to_slots(table: Any, rank_slots: IntArray, fill: float = EMPTY) -> Any:

@@ -15,11 +15,11 @@ from moeplace._check import BoolArray, FloatArray, IntArray
 from moeplace.plan import EMPTY
 from moeplace.problem import Problem
 from moeplace.search.construct import ascending
-from moeplace.search.state import to_slots
+from moeplace.search.state import ceiling, to_slots
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _pour(order, seconds, load, base, speed, cap, slot, share):  # type: ignore[no-untyped-def]
+def _pour(order, seconds, load, base, speed, most, cap, slot, share):  # type: ignore[no-untyped-def]
     """Fill ranks in `order` up to `seconds`; True if all experts found their place."""
     experts = load.size
     item = ascending(load)
@@ -33,7 +33,7 @@ def _pour(order, seconds, load, base, speed, cap, slot, share):  # type: ignore[
         size = cap[g]
         if size == 0 or left == 0:
             continue
-        room = seconds * speed[g] - base[g]
+        room = min(seconds * speed[g], most[g]) - base[g]
         if position == order.size - 1:
             room = np.inf  # the last takes what is left; the caller prices the outcome
         if room < 0:
@@ -90,7 +90,7 @@ def _pour(order, seconds, load, base, speed, cap, slot, share):  # type: ignore[
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _window(orders, seconds, load, base, speed, cap, slot, share, placed):  # type: ignore[no-untyped-def]
+def _window(orders, seconds, load, base, speed, most, cap, slot, share, placed):  # type: ignore[no-untyped-def]
     for layer in range(load.shape[0]):
         for n in range(orders.shape[0]):
             if _pour(
@@ -99,6 +99,7 @@ def _window(orders, seconds, load, base, speed, cap, slot, share, placed):  # ty
                 load[layer],
                 base[layer],
                 speed,
+                most,
                 cap,
                 slot[layer],
                 share[layer],
@@ -129,7 +130,8 @@ def window(problem: Problem, seconds: FloatArray) -> tuple[IntArray, FloatArray,
     slot = np.empty((*base.shape, int(cap.max())), dtype=np.int64)
     share = np.empty(slot.shape)
     placed = np.zeros(problem.layers, dtype=np.bool_)
-    _window(_orders(speed), seconds, load, base, speed, cap, slot, share, placed)
+    most = np.array(ceiling(problem))
+    _window(_orders(speed), seconds, load, base, speed, most, cap, slot, share, placed)
     slots = to_slots(np.where(slot == problem.experts, EMPTY, slot), rank_slots)
     return slots, to_slots(share, rank_slots, fill=0.0), placed
 
@@ -145,7 +147,8 @@ def pour_layer(
     slot = np.empty((1, cap.size, int(cap.max())), dtype=np.int64)
     share = np.empty(slot.shape)
     placed = np.zeros(1, dtype=np.bool_)
-    _window(_orders(speed), seconds, load[None], base[None], speed, cap, slot, share, placed)
+    most = np.full(speed.size, np.inf)
+    _window(_orders(speed), seconds, load[None], base[None], speed, most, cap, slot, share, placed)
     return (slot[0], share[0]) if placed[0] else None
 
 

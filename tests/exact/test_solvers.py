@@ -20,7 +20,8 @@ CLOSE = {"cp-sat": 1e-7, "highs": 1e-5, "gscip": 1e-5, "cbc": 1e-5}
 
 
 def some(name: str, share: float = 1.0) -> settings:
-    return settings(max_examples=max(int(settings().max_examples * share * PART[name]), 4))
+    count = max(int(settings().max_examples * share * PART[name]), 4)
+    return settings(max_examples=count, derandomize=True)  # solvers are slow to hunt in
 
 
 def whole(one: Problem, cut: object = np.inf) -> Model:

@@ -36,6 +36,9 @@ def assert_consistent(state: State, problem: Problem, values: bool = True) -> No
     copies = held.sum(axis=1)
     assert (copies >= 1).all(), "an expert is nowhere"
     assert (state.copies[:, :-1] == copies).all()
+    assert (state.copies[:, -1] == state.cap.sum() - copies.sum(axis=1)).all()
+    assert (state.copies >= state.least).all()
+    assert (copies <= problem.most_replicas).all(), "more replicas than an expert may have"
     assert not (held.swapaxes(1, 2) & ~problem.allowed).any()
     assert not (problem.pinned & ~held.swapaxes(1, 2)).any()
     if not values:

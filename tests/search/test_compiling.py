@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 #: Packages that take long to import, and that importing moeplace must not.
 HEAVY = ("numba", "llvmlite", "scipy.optimize", "networkx", "ortools", "pulp", "rich", "typer")
@@ -82,3 +84,50 @@ def test_neither_compiling_nor_loading_counts_against_the_time_limit() -> None:
         "print(mp.solve(one, time_limit=0.05, gap=0.0).work > 0)\n"
     )
     assert fresh(script) == ["True"]
+
+
+@pytest.mark.parametrize(
+    ("weighted", "several", "near", "rule"),
+    [
+        (True, True, False, "mp.MaxReplicas(3)"),
+        (False, False, False, "mp.TokenCapacity(700.0)"),
+        (True, False, False, "mp.TokenCapacity(700.0)"),
+        (False, True, False, "mp.TokenCapacity(700.0)"),
+        (False, False, False, "mp.ReplicaBudget(132)"),
+        (True, False, False, "mp.ReplicaBudget(132)"),
+        (False, True, True, "mp.MaxMoves(plan, per_layer=4)"),
+    ],
+)
+def test_all_kernels_that_a_problem_needs_are_rehearsed(
+    weighted: bool, several: bool, near: bool, rule: str
+) -> None:
+    script = f"""
+import sys
+import numpy as np
+import moeplace as mp
+from moeplace.search.portfolio import rehearse
+
+def kernels():
+    modules = [m for name, m in list(sys.modules.items()) if name.startswith("moeplace.")]
+    return {{
+        (name, str(signature))
+        for module in modules
+        for name, kernel in vars(module).items()
+        for signature in getattr(kernel, "overloads", ())
+    }}
+
+loads = np.random.default_rng(0).lognormal(5, 1, ({1 + several}, 2, 64))
+loads *= 5000 / loads.sum(axis=2, keepdims=True)
+cluster = mp.Cluster.from_speeds(np.linspace(0.9, 1.1, 8), 9)
+plan = mp.Plan(slots=[[*range(64)] + [-1] * 8] * 2, rank_slots=cluster.slots, experts=64)
+one = mp.Problem(
+    mp.LoadHistogram(tokens=loads), cluster, constraints=[{rule}],
+    routing={"weighted" if weighted else "even"!r}, objective="cvar",
+)
+rehearse({weighted}, {several}, {near}, False)
+before = kernels()
+found = mp.solve(one, work_limit=200_000, gap=0.0)
+assert found.evaluation is not None, found.reason
+print(*(kernels() - before), sep="\\n", end="")
+"""
+    assert fresh(script) == []

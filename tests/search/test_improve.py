@@ -39,7 +39,7 @@ def target(one: Problem, value: float = 0.0) -> np.ndarray:
 def best_exchange(state: State, g: int, size: int) -> float:
     """Least larger time of two ranks after an exchange of `size` slots of rank g, by trial."""
     slot, value, on = state.slot[0], state.value[0], state.on[0]
-    tokens, speed = state.tokens[0], state.speed
+    tokens, speed = state.tokens[0], state.speed[0]
     best = np.inf
     for h in range(speed.size):
         if h == g:
@@ -60,7 +60,7 @@ def best_exchange(state: State, g: int, size: int) -> float:
 
 def assert_best(state: State, g: int, size: int, found: tuple[float, int, Any, Any, int]) -> None:
     time, h, mine, theirs, _ = found
-    before = state.tokens[0, g] / state.speed[g]
+    before = state.tokens[0, g] / state.speed[0, g]
     best = best_exchange(state, g, size)
     if h < 0:
         assert best >= before * (LESS - 1e-13), "an exchange helps but none was found"
@@ -73,8 +73,8 @@ def assert_best(state: State, g: int, size: int, found: tuple[float, int, Any, A
     assert not ((state.on[0, g, out] | state.on[0, h, back]) & PINNED).any()
     moved = state.value[0, g, mine].sum() - state.value[0, h, theirs].sum()
     ends = (
-        (state.tokens[0, g] - moved) / state.speed[g],
-        (state.tokens[0, h] + moved) / state.speed[h],
+        (state.tokens[0, g] - moved) / state.speed[0, g],
+        (state.tokens[0, h] + moved) / state.speed[0, h],
     )
     assert time == pytest.approx(max(ends), rel=1e-11)
 
@@ -83,7 +83,7 @@ def assert_best(state: State, g: int, size: int, found: tuple[float, int, Any, A
 @MORE
 def test_the_best_exchange_of_a_slot_is_found(case: tuple[Problem, State]) -> None:
     _, state = case
-    rest = (state.slot[0], state.value[0], state.tokens[0], state.speed, state.cap, state.on[0])
+    rest = (state.slot[0], state.value[0], state.tokens[0], state.speed[0], state.cap, state.on[0])
     for g in range(state.cap.size):
         time, h, i, j, steps = _single(g, 0.0, *rest)
         assert_best(state, g, 1, (time, h, [i], [j], steps))
@@ -103,7 +103,7 @@ def test_the_best_exchange_of_two_slots_is_found(case: tuple[Problem, State]) ->
             for g in range(ranks)
         ]
     )
-    rest = (state.slot[0], state.tokens[0], state.speed, state.cap, state.on[0])
+    rest = (state.slot[0], state.tokens[0], state.speed[0], state.cap, state.on[0])
     for g in range(ranks):
         time, h, i, j, steps = _double(g, 0.0, *rest, first, second, sums, number)
         mine, theirs = [first[g, i], second[g, i]], [first[h, j], second[h, j]]
@@ -113,7 +113,7 @@ def test_the_best_exchange_of_two_slots_is_found(case: tuple[Problem, State]) ->
 def test_an_exchange_that_only_swaps_the_times_is_none() -> None:
     one = problem([3, 1], [1, 1], 1)
     state = started(one)
-    rest = (state.slot[0], state.value[0], state.tokens[0], state.speed, state.cap, state.on[0])
+    rest = (state.slot[0], state.value[0], state.tokens[0], state.speed[0], state.cap, state.on[0])
     assert _single(int(state.tokens[0].argmax()), 0.0, *rest)[1] == -1
 
 
@@ -188,7 +188,7 @@ def test_without_kicks_it_ends_where_no_exchange_out_of_the_slowest_rank_helps(
     one, state = case
     improve(state, np.arange(1), np.array([10**6]), np.zeros(1), kicks=(0, 0, 0))
     assert_consistent(state, one)
-    slowest = int((state.tokens[0] / state.speed).argmax())
+    slowest = int((state.tokens[0] / state.speed[0]).argmax())
     for size in (1, 2):
         assert best_exchange(state, slowest, size) >= state.makespan[0] * (LESS - 1e-13)
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moeplace.bounds import mean_bound
 from moeplace.constraints import NodeGroups
 from moeplace.problem import Problem
 from moeplace.search.nodes import assign
@@ -25,7 +26,7 @@ def on_nodes(one: Problem, nodes: Any, groups: Any) -> Problem:
 
 def assigned(one: Problem, seed: int = 0) -> np.ndarray | None:
     assert one.node_groups is not None
-    return assign(one, one.node_groups.of(one.experts), seed)
+    return assign(one, one.node_groups.of(one.experts), mean_bound(one), seed)
 
 
 def slowest_node(one: Problem, layer: int, node_of: Any) -> float:

@@ -4,11 +4,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
+from moeplace.constraints import CAPACITY_SLACK
 from moeplace.errors import PlanError, ProblemError
 from moeplace.evaluate import evaluate
 from moeplace.plan import Plan
 from moeplace.problem import Problem
-from moeplace.search.split import resplit
+from moeplace.search.split import layer_makespan, resplit
+from tests.brute_force import split_optimum
 from tests.strategies import legal_plans, plan, problem, tiny_problems
 
 MORE = settings(max_examples=4 * settings().max_examples)
@@ -48,6 +50,28 @@ def assert_optimal(one: Problem, placed: Plan) -> None:
 @MORE
 def test_no_shares_are_better(data: st.DataObject, one: Problem) -> None:
     assert_optimal(one, data.draw(legal_plans(one)))
+
+
+@given(st.data(), tiny_problems(routing="weighted", max_layers=2, max_windows=2, limits=True))
+@MORE
+def test_with_token_capacities_shares_are_the_best_legal_ones(
+    data: st.DataObject, one: Problem
+) -> None:
+    placed = data.draw(legal_plans(one))
+    priced = evaluate(one, resplit(one, placed))
+    over = priced.rank_tokens > one.capacity * (1 + CAPACITY_SLACK)
+    for layer in range(one.layers):
+        masks = [
+            sum(1 << int(g) for g in placed.rank_of_slot[placed.slots[layer] == expert])
+            for expert in range(one.experts)
+        ]
+        wanted = np.array(split_optimum(one, layer, masks))
+        assert (np.isinf(wanted) == over[:, layer].any(axis=1)).all()
+        alone = layer_makespan(one, layer, placed.slots[layer])
+        assert alone == pytest.approx(wanted, rel=1e-7, abs=1e-9)
+        legal = np.isfinite(wanted)
+        found = priced.makespan[legal, layer]
+        assert found == pytest.approx(wanted[legal], rel=1e-7, abs=1e-9)
 
 
 @st.composite

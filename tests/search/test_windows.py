@@ -12,7 +12,7 @@ from moeplace.evaluate import evaluate
 from moeplace.feasible import explain_infeasible
 from moeplace.problem import Problem
 from moeplace.search.state import State
-from moeplace.search.windows import Windows, _price, _three
+from moeplace.search.windows import LEAST_CAPACITY, Windows, _price, _three
 from tests.brute_force import optimum
 from tests.search.checks import assert_consistent, started
 from tests.strategies import legal_plans, plan, problem, tiny_problems
@@ -107,14 +107,22 @@ def test_the_three_slowest_ranks_are_found(times: list[int]) -> None:
 def test_rank_times_are_those_of_the_plan(case: tuple[Problem, State]) -> None:
     one, state = case
     every = Windows(one, state)
-    time, top = np.zeros((one.windows, one.ranks)), np.zeros((one.windows, 3), dtype=np.int64)
+    rows = every.floor.size  # one or, if token capacities are limited, two for each window
+    time, top = np.zeros((rows, one.ranks)), np.zeros((rows, 3), dtype=np.int64)
     for layer in range(one.layers):
         _price(
-            one.window_weight, every.load[:, layer], every.base[:, layer], state.speed, state.cap,
-            state.slot[layer], state.copies[layer], time, top,
+            np.ones(rows), every.floor, every.load[:, layer], every.base[:, layer],
+            every.speed[:, layer], state.cap, state.slot[layer], state.copies[layer], time, top,
         )  # fmt: skip
-        seconds = evaluate(one, state.plan(one)).rank_seconds[:, layer]
-        assert time * state.unit[layer] == pytest.approx(seconds, rel=1e-12, abs=1e-300)
+        priced = evaluate(one, state.plan(one))
+        seconds = priced.rank_seconds[:, layer]
+        found = time[: one.windows] * state.unit[layer]
+        assert found == pytest.approx(seconds, rel=1e-12, abs=1e-300)
+        if rows > one.windows:
+            used = priced.rank_tokens[:, layer] / np.maximum(
+                one.capacity, LEAST_CAPACITY * one.cluster.speeds * state.unit[layer]
+            )
+            assert time[one.windows :] == pytest.approx(used, rel=1e-8, abs=1e-300)
 
 
 def tiny_set(spare: bool) -> list[Problem]:
