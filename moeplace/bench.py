@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from moeplace import bench_live
 from moeplace.bounds import lower_bound
 from moeplace.constraints import MaxMoves, NodeGroups
 from moeplace.errors import FormatError, PolicyNotApplicable, ProblemError
@@ -405,6 +406,8 @@ SUITES: dict[str, Callable[[Path], Iterator[Row]]] = {
     "held-out": held_out,
     "few-spares": few_spares,
     "node-groups": node_groups,
+    "drift": bench_live.drift,
+    "drift-real": bench_live.drift_real,
 }
 
 
