@@ -151,7 +151,9 @@ def _run(
     plan = solve(stream.problem, gap=1e-4, seed=seed).plan
     monitor = Monitor(stream.problem, plan, seed=seed, **options)
     generator = np.random.default_rng([seed, assignments])
-    replanned, lost, moved = [], [], 0
+    moved = 0
+    replanned: list[int] = []
+    lost: list[float] = []
     speeds = stream.speeds(0)
     for t in range(windows):
         shares = stream.shares(t)
@@ -194,7 +196,10 @@ def drift_real(instances: Path) -> Iterator[Row]:
                 monitor = Monitor(problem, plan, **often)
                 row: Row = {"speeds": fleet, "planned on": f"windows 0 to {first - 1}"}
                 row["trigger"] = trigger
-                at, before, after, moved = [], [], [], 0
+                moved = 0
+                at: list[int] = []
+                before: list[float] = []
+                after: list[float] = []
                 for t in range(first, tokens.shape[0]):
                     decision = monitor.observe(tokens[t])
                     true = replace(whole, loads=whole.loads.select([t]), window_weight=None)

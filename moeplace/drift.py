@@ -220,6 +220,63 @@ class Monitor:
             return replace(decision, action="keep", reason=reason)
         return decision
 
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs to go on as if nothing had happened, as plain values."""
+        most = self.samples if self.trigger != "regret" else max(self.pool or POOL, self.streak)
+        recent = list(self.recent)[-most:]
+        passes = self.problem.loads.passes
+        return {
+            "slots": self.plan.slots.tolist(),
+            "split": None if self.plan.split is None else self.plan.split.tolist(),
+            "allow_duplicates": self.plan.allow_duplicates,
+            "own": self.own,
+            "speeds": self.problem.cluster.speeds.tolist(),
+            "tokens": self.problem.loads.tokens[0].tolist(),
+            "passes": None if passes is None else float(passes[0]),
+            "windows": self.windows,
+            "streak": self.streak,
+            "quiet": self.quiet,
+            "recent": [tokens.tolist() for tokens, _ in recent],
+            "recent_passes": [passes for _, passes in recent],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`, of a monitor of the same problem and options.
+
+        Raises
+        ------
+        ProblemError
+            If the state's loads have another shape.
+        PlanError
+            If the state's plan does not fit.
+        """
+        passes = state["passes"]
+        loads = LoadHistogram(
+            tokens=state["tokens"],
+            passes=None if passes is None else np.array([passes]),
+            phase=self.problem.loads.phase,
+        )
+        if (loads.layers, loads.experts) != (self.problem.layers, self.problem.experts):
+            raise ProblemError(
+                f"The state is of {loads.layers} layers x {loads.experts} experts, the problem "
+                f"of {self.problem.layers} x {self.problem.experts}."
+            )
+        plan = Plan(
+            slots=state["slots"],
+            rank_slots=self.plan.rank_slots,
+            experts=self.plan.experts,
+            split=state["split"],
+            allow_duplicates=state["allow_duplicates"],
+        )
+        self.adopt(plan, loads)
+        self.speeds(state["speeds"])
+        self._own = state["own"]
+        self.windows, self.streak, self.quiet = state["windows"], state["streak"], state["quiet"]
+        self.recent.clear()
+        for tokens, weight in zip(state["recent"], state["recent_passes"], strict=True):
+            axes = ("layer", "expert")
+            self.recent.append((numbers(tokens, "Window", axes, ProblemError), weight))
+
     def _keep(self, window: int, reason: str) -> Decision:
         return Decision(
             window=window, action="keep", reason=reason, value=0.0, threshold=self.threshold
@@ -350,7 +407,7 @@ class Monitor:
             scale = np.where(counts > 0, total[:, 0] / np.maximum(counts, 1), 0.0)[:, None]
             found = []
             for _ in range(RESAMPLES):
-                drawn = np.asarray(generator.multinomial(counts, shares) * scale)
+                drawn: Any = generator.multinomial(counts, shares) * scale
                 loads = LoadHistogram(tokens=drawn, passes=self.problem.loads.passes)
                 found.append(self._gap(self._on(loads)))
             self._known[size] = max(float(np.median(found)) - self._gap(self.problem), 0.0)
