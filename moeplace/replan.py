@@ -76,6 +76,8 @@ class Proposal:
     payback : Payback
     net : float
         Seconds won over the economy's steps, the migration's cost taken off.
+    points : tuple of Point
+        All that were weighed.
     """
 
     pays: bool
@@ -84,6 +86,7 @@ class Proposal:
     migration: Migration
     payback: Payback
     net: float
+    points: tuple[Point, ...]
 
 
 def propose(
@@ -152,4 +155,12 @@ def propose(
     else:
         most = 1 - min(each.objective for each in points) / stay if stay > 0 else 0.0
         reason = f"nothing pays: at most {most:.2%} of a step could be saved"
-    return Proposal(pays=pays, reason=reason, point=point, migration=steps, payback=earned, net=net)
+    return Proposal(
+        pays=pays,
+        reason=reason,
+        point=point,
+        migration=steps,
+        payback=earned,
+        net=net,
+        points=tuple(points),
+    )
