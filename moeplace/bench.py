@@ -408,6 +408,8 @@ SUITES: dict[str, Callable[[Path], Iterator[Row]]] = {
     "node-groups": node_groups,
     "drift": bench_live.drift,
     "drift-real": bench_live.drift_real,
+    "moves": bench_live.moves,
+    "robust": bench_live.robust,
 }
 
 
