@@ -318,10 +318,10 @@ class _Questions:
         """Which GPU to swap out first: the bound says for which one most can be gained."""
         problem = self.problem
         speeds = problem.cluster.speeds
-        if np.ptp(speeds) <= 1e-12 * speeds.max():
-            return
         median = float(np.median(speeds))
-        slow = np.flatnonzero(speeds < median)
+        slow = np.flatnonzero(speeds < median * (1 - 1e-12))
+        if not slow.size:  # no GPU is slower than most
+            return
         first = int(slow[np.argmin([self._swapped(g, median) for g in slow.tolist()])])
         changed = self._speed(first, median / float(speeds[first]))
         kept = at_best_shares(changed, self.plan).objective
