@@ -22,6 +22,7 @@ from moeplace.loads import LoadHistogram
 from moeplace.migrate import relabel
 from moeplace.plan import Plan
 from moeplace.problem import Problem
+from moeplace.robust import scores
 from moeplace.solve import solve
 from moeplace.tradeoff import Point, tradeoff
 
@@ -223,33 +224,16 @@ def drift_real(instances: Path) -> Iterator[Row]:
 
 def robust(instances: Path) -> Iterator[Row]:
     """Objectives over windows against the plan on their sum, all on windows not planned on."""
-    for name, problem, parts in _splits(instances):
-        seen, unseen = (_chosen(problem, part) for part in parts)
-        half = [0] * (seen.windows // 2) + [1] * (seen.windows - seen.windows // 2)
-        regimes = replace(seen, loads=seen.loads.regimes(half), window_weight=None)
-        plans: tuple[tuple[str, Problem], ...] = (
-            ("sum", seen.aggregate()),
-            ("mean of windows", seen),
-            ("worst window", replace(seen, objective="worst")),
-            ("CVaR 0.75", replace(seen, objective="cvar", cvar_alpha=0.75)),
-            ("two regimes, mean", regimes),
-            ("two regimes, worst", replace(regimes, objective="worst")),
-        )
-        base: tuple[float, float] | None = None
-        for planned, on in plans:
-            plan = solve(on, time_limit=5.0, gap=1e-5).plan
-            price = evaluate(unseen, plan)
-            steps = price.step_seconds / unseen.step_seconds(unseen.fluid)
-            found = (price.imbalance, float(steps.max()))
-            base = base or found
+    for name, problem, (seen, unseen) in _splits(instances):
+        for score in scores(problem, seen, unseen, time_limit=5.0):
             yield {
                 "loads": name,
-                "planned on": planned,
-                "in sample": f"{evaluate(seen, plan).imbalance:.4f}",
-                "held out": f"{found[0]:.4f}",
-                "worst window": f"{found[1]:.4f}",
-                "against the sum": f"{found[0] / base[0] - 1:+.1%}",
-                "worst window against it": f"{found[1] / base[1] - 1:+.1%}",
+                "planned on": score.planned_on,
+                "in sample": f"{score.in_sample:.4f}",
+                "held out": f"{score.held_out:.4f}",
+                "worst window": f"{score.worst:.4f}",
+                "against the sum": f"{score.against_sum:+.1%}",
+                "worst window against it": f"{score.worst_against_sum:+.1%}",
             }
 
 
@@ -265,10 +249,6 @@ def _splits(instances: Path) -> Iterator[tuple[str, Problem, tuple[list[int], li
     yield "V2-Lite: a task that was not seen", real, (list(range(8)), list(range(8, 16)))
     qwen = read_instance(instances / "real" / "qwen3-30b-sharegpt_16x9_equal.json")
     yield "Qwen3-30B: three prefill steps", qwen, ([0, 1], [2])
-
-
-def _chosen(problem: Problem, windows: list[int]) -> Problem:
-    return replace(problem, loads=problem.loads.select(windows), window_weight=None)
 
 
 def moves(instances: Path) -> Iterator[Row]:

@@ -1,5 +1,6 @@
-"""The command `moeplace whatif`: what a change of hardware or loads would buy."""
+"""The commands `moeplace whatif` (what a change would buy) and `moeplace robust`."""
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -112,7 +113,46 @@ def _signed(value: float | None) -> str:
     return "" if value is None else f"{value:+.2%}"
 
 
+def robust(
+    instance: Instance,
+    time_limit: Annotated[float, typer.Option(metavar="SECONDS", help="Of each solve.")] = 2.0,
+    seed: Seed = 0,
+    profile: ProfileFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Plan on some windows, score on the others: whether a plan for several windows helps."""
+    from moeplace.robust import folds, scores, verdict
+
+    given = read_given(instance, False, profile)
+    problem = given.problem
+    found = {
+        name: scores(problem, *parts, time_limit=time_limit, seed=seed)
+        for name, parts in folds(problem).items()
+    }
+    if as_json:
+        rows = {name: [asdict(score) for score in each] for name, each in found.items()}
+        write_json({"instance": instance, "verdict": verdict(found), "folds": rows})
+        return
+    lines = []
+    for name, each in found.items():
+        lines += ["", f"{name:<20}  in sample  held out     worst  against the sum"]
+        lines += [
+            f"{score.planned_on:<20}  {score.in_sample:9.4f} {score.held_out:9.4f} "
+            f"{score.worst:9.4f}  {score.against_sum:+15.1%}"
+            for score in each
+        ]
+    write("\n".join([*aligned(given.words), *lines, "", verdict(found)]) + "\n")
+
+
+_COMMANDS = (
+    (whatif, "whatif generate:A:0 --sum-windows --workers 2"),
+    (robust, "robust instances/real/dsv2lite-windows_8x9_equal.json"),
+)
+
+
 def add_commands(app: typer.Typer) -> None:
-    """Add the command, once."""
-    if whatif not in {command.callback for command in app.registered_commands}:
-        app.command(epilog=example("whatif generate:A:0 --sum-windows --workers 2"))(whatif)
+    """Add both commands, once."""
+    known = {command.callback for command in app.registered_commands}
+    for command, usage in _COMMANDS:
+        if command not in known:
+            app.command(epilog=example(usage))(command)
