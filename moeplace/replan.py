@@ -7,6 +7,7 @@ from moeplace.errors import ProblemError
 from moeplace.migrate import Engine, migrate
 from moeplace.plan import Plan
 from moeplace.problem import Problem
+from moeplace.search.split import at_best_shares
 from moeplace.tradeoff import BUDGETS, Point, tradeoff
 from moeplace.transfer import Links, Migration, Mode, Payback, payback
 
@@ -124,7 +125,7 @@ def propose(
         time_limit=time_limit,
         seed=seed,
     )
-    stay = max(point.objective for point in points)
+    stay = at_best_shares(problem, current).objective
     before = economy.before(problem, stay)
     offers = []
     for point in points:

@@ -186,11 +186,21 @@ def test_half_written_dumps_are_waited_for(folder: Folder) -> None:
 def test_nothing_moves_that_does_not_pay(folder: Folder) -> None:
     for window in range(8, 12):
         folder.dump(window)
-    watch = folder.watch(economy=replace(ECONOMY, steps=1.0))
-    watch.poll(settled=True)
+    slow = Links(intra=1e6, inter=1e6)
+    folder.watch(economy=replace(ECONOMY, steps=1.0, links=slow)).poll(settled=True)
+    asked = folder.lines()[2]
+    assert asked.get("moves", 0) == 0  # copies given up cost nothing, so that may still pay
+    assert asked["action"] == "replan" or "nothing pays: at most" in asked["reason"]
+
+
+def test_what_does_not_pay_is_said_and_not_written(folder: Folder) -> None:
+    for window in range(8, 12):
+        folder.dump(window)
+    folder.watch(economy=replace(ECONOMY, steps=0.0)).poll(settled=True)
     asked = folder.lines()[2]
     assert asked["action"] == "keep"
     assert "nothing pays: at most" in asked["reason"]
+    assert "in cooldown" in folder.lines()[3]["reason"]
     assert not folder.out.exists()
 
 
