@@ -69,7 +69,15 @@ Steps = Annotated[
     float,
     typer.Option(metavar="N", help="Steps that a new plan will serve: it must pay within them."),
 ]
-TimeLimit = Annotated[float, typer.Option(metavar="SECONDS", help="Wall time of each solve.")]
+TimeLimit = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS",
+        help="Wall time of each solve. Default: search steps limit it, so that the same inputs "
+        "give the same plans.",
+        show_default=False,
+    ),
+]
 
 
 def migrate_command(
@@ -124,7 +132,7 @@ def migrate_command(
     slowdown: Slowdown = 0.1,
     step_seconds: StepSeconds = None,
     steps: Steps = 3000.0,
-    time_limit: TimeLimit = 0.5,
+    time_limit: TimeLimit = None,
     plan_format: PlanFormat = "moeplace",
     first_moe_layer: FirstMoeLayer = None,
     profile: ProfileFile = None,

@@ -131,7 +131,7 @@ def watch_command(
     once: Annotated[
         bool, typer.Option("--once", help="Take what is there, as it is, and end.")
     ] = False,
-    time_limit: TimeLimit = 0.5,
+    time_limit: TimeLimit = None,
     as_json: AsJson = False,
 ) -> None:
     """Follow a folder of load dumps; write a new plan when it pays, and log every decision."""

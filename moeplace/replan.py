@@ -96,7 +96,7 @@ def propose(
     economy: Economy,
     *,
     budgets: Sequence[int] = BUDGETS,
-    time_limit: float | None = 0.5,
+    time_limit: float | None = None,
     seed: int = 0,
 ) -> Proposal:
     """The plan that nets most seconds over the economy's steps.
@@ -110,7 +110,7 @@ def propose(
     budgets : sequence of int
         Received copies a layer to try; no limit is always tried too.
     time_limit : float, optional
-        Seconds for each solve.
+        Seconds for each solve; by default steps limit it, as `tradeoff` says.
 
     Raises
     ------

@@ -20,6 +20,8 @@ from moeplace.solve import solve
 
 #: Received copies a layer that are tried by default.
 BUDGETS = (0, 2, 4, 8, 16, 32, 64)
+#: Search steps a layer of each solve without a time limit.
+STEPS = 350_000
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,7 +62,7 @@ def tradeoff(
     expert_bytes: int | Sequence[int] | IntArray,
     budgets: Sequence[int] = BUDGETS,
     per: Literal["layer", "total"] = "layer",
-    time_limit: float | None = 0.5,
+    time_limit: float | None = None,
     gap: float = 1e-4,
     seed: int = 0,
     every: bool = False,
@@ -78,7 +80,8 @@ def tradeoff(
         Received copies to allow, `per` layer or in total. A budget of 0 may still give up copies,
         which changes the shares of even routing at no cost.
     time_limit : float, optional
-        Seconds for each solve; None leaves the gap and the default work limit.
+        Seconds for each solve. By default steps limit it (`STEPS` a layer), not the clock: equal
+        inputs give equal plans, on a busy machine too.
     every : bool
         Keep points that another one dominates.
 
@@ -98,14 +101,20 @@ def tradeoff(
     rules = [rule for rule in problem.constraints if not isinstance(rule, MaxMoves)]
     free = replace(problem, constraints=rules)
     how: dict[str, Any] = {"time_limit": time_limit, "gap": gap, "seed": seed}
+    if time_limit is None:
+        how["work_limit"] = STEPS * problem.layers
     staying = at_best_shares(free, current)
     found: list[tuple[int | None, Evaluation, float]]
     found = [(0, staying, _bound(free, current))]
     for budget in sorted({int(budget) for budget in budgets}):
         limit = {"per_layer": budget} if per == "layer" else {"total": budget}
         result = solve(replace(free, constraints=[*rules, MaxMoves(current, **limit)]), **how)
-        if result.evaluation is not None:
-            found.append((budget, result.evaluation, result.lower_bound))
+        if result.evaluation is None:
+            continue
+        price = min(result.evaluation, found[-1][1], key=lambda each: each.objective)
+        if price is not result.evaluation and not price.legal:  # two replicas on one rank
+            price = result.evaluation
+        found.append((budget, price, result.bound.total))
     best = solve(free, **how)
     if best.evaluation is not None:
         renamed = evaluate(free, relabel(free, current, best.plan))

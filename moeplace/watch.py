@@ -34,7 +34,7 @@ from moeplace.profile import measured_devices, read_profile, relative_speeds
 from moeplace.replan import Economy, propose
 from moeplace.search.split import resplit
 from moeplace.solve import solve
-from moeplace.tradeoff import BUDGETS
+from moeplace.tradeoff import BUDGETS, STEPS
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +83,8 @@ class Watch:
         Profile of `moeplace calibrate`: read again whenever it changes.
     settle : float
         A file may be half-written until it is this many seconds old.
-    time_limit : float
-        Seconds of each solve.
+    time_limit : float, optional
+        Seconds of each solve; by default steps limit it, as `tradeoff` says.
     """
 
     folder: PathLike
@@ -97,7 +97,7 @@ class Watch:
     options: dict[str, Any] = field(default_factory=dict)
     profile: PathLike | None = None
     settle: float = 10.0
-    time_limit: float = 0.5
+    time_limit: float | None = None
 
     def __post_init__(self) -> None:
         if not Path(self.folder).is_dir():
@@ -249,7 +249,9 @@ class Watch:
         rules = list(now.constraints)
         if self.budgets:
             rules.append(MaxMoves(current, per_layer=max(self.budgets)))
-        result = solve(replace(now, constraints=rules), time_limit=self.time_limit)
+        steps = STEPS * now.layers if self.time_limit is None else None
+        limited = replace(now, constraints=rules)
+        result = solve(limited, time_limit=self.time_limit, work_limit=steps)
         if result.evaluation is None:
             return None, {"why": f"no plan was found: {result.reason}"}
         return relabel(now, current, result.plan), {}
