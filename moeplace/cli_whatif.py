@@ -18,7 +18,7 @@ from moeplace.cli import (
     write_json,
 )
 from moeplace.compare import aligned, exact
-from moeplace.whatif import SECONDS, Answer
+from moeplace.whatif import GOOD, SECONDS, Answer
 
 
 def whatif(
@@ -80,6 +80,9 @@ def whatif(
         ("step time", exact(base.price, unit)),
         ("lower bound", exact(base.lower_bound, unit)),
     ]
+    gap = base.gap or 0.0
+    if gap > GOOD:
+        words.append(("gap", f"{gap:.2%}: smaller changes are not told apart; give more time"))
     write("\n".join([*aligned(words), "", *_rows(table.answers)]) + "\n")
 
 

@@ -154,7 +154,7 @@ class Monitor:
             self.problem = self._on(loads.aggregate())
         check_fits(self.problem, plan)
         self.plan = plan
-        self._known = dict[int, float]()
+        self._known = dict[tuple[int, bool], float]()
         self._own: float | None = None
         self.rest()
         if self.trigger != "cosine":
@@ -335,8 +335,7 @@ class Monitor:
 
     def _judged(self, window: int, scale: int) -> Decision:
         problem = self._on(self._sum(scale))
-        bound = lower_bound(problem).total
-        best = _over(at_best_shares(problem, self.plan).objective, bound) - self.own
+        best = self._gap(problem) - self.own
         noise = self.noise(problem.loads.tokens[0].sum(axis=1))
         threshold = max(self.threshold, 2 * noise)
         found = Decision(
@@ -347,9 +346,9 @@ class Monitor:
         if best > threshold:
             return replace(found, reason=f"regret{of} {best:.2%} is above {threshold:.2%}")
         if self.problem.routing == "weighted":
-            stored = evaluate(problem, _one_split(self.problem, self.plan)).objective
-            now = _over(stored, bound) - self.own
-            if now > threshold:
+            now = self._gap(problem, stored=True) - self.own
+            chance = 2 * self.noise(problem.loads.tokens[0].sum(axis=1), stored=True)
+            if now > max(threshold, chance):
                 reason = f"stored shares cost {now:.2%}{of}, the best shares {best:.2%}"
                 return replace(found, action="resplit", reason=reason, value=now)
         reason = f"regret{of} {best:.2%} is within {threshold:.2%}"
@@ -371,7 +370,7 @@ class Monitor:
 
     def _max_mean(self, window: int) -> Decision:
         problem = self._on(self._sum(1))
-        found = evaluate(problem, _one_split(self.problem, self.plan))
+        found = evaluate(problem, _one_split(self.plan))
         value = float((1 / found.balancedness).mean())
         fires = value > self.threshold
         side = "above" if fires else "within"
@@ -390,14 +389,15 @@ class Monitor:
             self._own = self._gap(self.problem)
         return self._own
 
-    def noise(self, assignments: FloatArray) -> float:
+    def noise(self, assignments: FloatArray, stored: bool = False) -> float:
         """Noise floor of regret at so many token assignments [layers] in a window.
 
         Median regret of the plan on multinomial resamples of its own load, less its regret on
-        that load. Kept for windows of about the same size.
+        that load; at the best shares for each, or at the stored ones (weighted routing). Kept
+        for windows of about the same size.
         """
         size = round(10 * np.log(max(float(assignments.sum()), 1.0)))  # steps of 10 %
-        if size not in self._known:
+        if (size, stored) not in self._known:
             generator = np.random.default_rng([self.seed, size])
             load = self.problem.loads.tokens[0]
             total = load.sum(axis=1, keepdims=True)
@@ -409,12 +409,19 @@ class Monitor:
             for _ in range(RESAMPLES):
                 drawn: Any = generator.multinomial(counts, shares) * scale
                 loads = LoadHistogram(tokens=drawn, passes=self.problem.loads.passes)
-                found.append(self._gap(self._on(loads)))
-            self._known[size] = max(float(np.median(found)) - self._gap(self.problem), 0.0)
-        return self._known[size]
+                found.append(self._gap(self._on(loads), stored))
+            middle = float(np.median(found)) - self._gap(self.problem, stored)
+            self._known[size, stored] = max(middle, 0.0)
+        return self._known[size, stored]
 
-    def _gap(self, problem: Problem) -> float:
-        return _over(at_best_shares(problem, self.plan).objective, lower_bound(problem).total)
+    def _gap(self, problem: Problem, stored: bool = False) -> float:
+        """Price over the bound, less 1: at the best shares, or at the stored ones."""
+        if stored:
+            price = evaluate(problem, _one_split(self.plan))
+        else:
+            price = at_best_shares(problem, self.plan)
+        bound = lower_bound(problem).total
+        return price.objective / bound - 1.0 if bound > 0 else 0.0
 
     def _on(self, loads: LoadHistogram) -> Problem:
         """The problem with other loads; base loads grow with the passes, or else the tokens."""
@@ -428,11 +435,7 @@ class Monitor:
         return replace(self.problem, loads=loads, base_load=base, window_weight=None)
 
 
-def _over(price: float, bound: float) -> float:
-    return price / bound - 1.0 if bound > 0 else 0.0
-
-
-def _one_split(problem: Problem, plan: Plan) -> Plan:
+def _one_split(plan: Plan) -> Plan:
     """The plan with one share for each slot: the mean over windows where it has several."""
     if plan.split is None or plan.split.ndim == 2:
         return plan
