@@ -6,11 +6,13 @@ Start with `Problem`, `solve` and `evaluate`; the command line is ``moeplace --h
 __version__ = "0.1.0"
 
 from moeplace import instances
+from moeplace.affinity import coactivation, gather
 from moeplace.bounds import Bound, lower_bound, recompute
 from moeplace.compare import compare
 from moeplace.constraints import (
     Forbid,
     MaxMoves,
+    MaxOffNode,
     MaxReplicas,
     NodeGroups,
     Pin,
@@ -18,6 +20,7 @@ from moeplace.constraints import (
     TokenCapacity,
 )
 from moeplace.diagnose import Finding, diagnose
+from moeplace.dispatch import waterfill
 from moeplace.drift import Decision, Monitor
 from moeplace.errors import (
     CertificateError,
@@ -42,6 +45,7 @@ from moeplace.replan import Economy, Proposal, propose
 from moeplace.result import Limits, Progress, Result, Status
 from moeplace.search.split import resplit
 from moeplace.solve import solve
+from moeplace.topology import rank_plans, trace_traffic, traffic
 from moeplace.tradeoff import tradeoff
 from moeplace.transfer import Links, Migration, Payback, payback
 from moeplace.whatif import whatif
@@ -61,6 +65,7 @@ __all__ = [
     "Links",
     "LoadHistogram",
     "MaxMoves",
+    "MaxOffNode",
     "MaxReplicas",
     "Migration",
     "MissingExtraError",
@@ -82,15 +87,18 @@ __all__ = [
     "SolverError",
     "Status",
     "TokenCapacity",
+    "coactivation",
     "compare",
     "diagnose",
     "evaluate",
     "expert_bytes",
+    "gather",
     "instances",
     "lower_bound",
     "migrate",
     "payback",
     "propose",
+    "rank_plans",
     "read_instance",
     "read_loads",
     "read_plan",
@@ -98,7 +106,10 @@ __all__ = [
     "relabel",
     "resplit",
     "solve",
+    "trace_traffic",
     "tradeoff",
+    "traffic",
+    "waterfill",
     "whatif",
     "write_instance",
     "write_plan",

@@ -31,7 +31,8 @@ def relabel(problem: Problem, current: Plan, plan: Plan, tolerance: float = 0.0)
     An assignment problem for each layer: contents of rank g may go to rank h if h, with its own
     speed and base load, ends within the layer's makespan times (1 + tolerance) in every window,
     and obeys the problem's rules. So the price rises by `tolerance` at most; with 0, never. Then
-    experts that stay on a rank stay in their slot.
+    experts that stay on a rank stay in their slot. Under the rules of engines that look at where
+    replicas lie, only the latter.
 
     Raises
     ------
@@ -95,7 +96,9 @@ def _exchangeable(problem: Problem, plan: Plan, tolerance: float) -> Any:
     limit = found.makespan[..., None, None] * (1 + tolerance) * (1 + ROUNDING)
     fits = (seconds <= limit) & (carried <= problem.capacity * (1 + CAPACITY_SLACK))
     good = fits.all(axis=0) & (plan.rank_slots[:, None] == plan.rank_slots)
-    if problem.node_groups is not None:
+    if problem.routing not in ("even", "weighted"):  # the rule depends on where replicas lie
+        good &= np.eye(plan.ranks, dtype=np.bool_)
+    if problem.node_groups is not None or problem.max_off_node is not None:
         assert cluster.nodes is not None
         good &= cluster.nodes[:, None] == cluster.nodes
     if problem.pinned.any() or not problem.allowed.all():

@@ -1,5 +1,6 @@
 """Migration: relabelling, stages run by a small executor, costs."""
 
+from dataclasses import replace
 from itertools import pairwise, permutations
 from typing import Any
 
@@ -251,7 +252,21 @@ def test_slow_ranks_and_rules_keep_their_contents() -> None:
     assert moved(constraints=[Forbid(0, 0)])
     assert moved(nodes=2, constraints=[NodeGroups(2)])
     assert moved(base_load=[1.0, 0.0])
+    assert moved(routing="sglang-static")
+    assert moved(routing="ascend")
     assert moved(constraints=[TokenCapacity([3.0, 5.0])])
+
+
+@given(st.data())
+def test_arranging_slots_changes_no_price_under_engines_rules(data: st.DataObject) -> None:
+    tiny = data.draw(tiny_problems(routing="even", max_ranks=4, base=False))
+    rule = data.draw(st.sampled_from(["sglang-static", "ascend", "even"]))
+    tiny = replace(tiny, routing=rule)
+    current, target = (data.draw(legal_plans(tiny)) for _ in range(2))
+    price = evaluate(tiny, target).objective
+    for found in (align(current, target), relabel(tiny, current, target)):
+        assert evaluate(tiny, found).objective <= price * (1 + 1e-9)
+    executed(current, target, buffer=1)
 
 
 def test_other_shapes_are_refused() -> None:
