@@ -26,6 +26,7 @@ from moeplace.drift import Decision, Monitor
 from moeplace.errors import FormatError, MoeplaceError, ProblemError
 from moeplace.evaluate import evaluate
 from moeplace.formats import read_loads, read_plan, write_plan
+from moeplace.formats._npy import npz
 from moeplace.loads import LoadHistogram
 from moeplace.migrate import relabel
 from moeplace.plan import Plan
@@ -39,6 +40,8 @@ from moeplace.tradeoff import BUDGETS, STEPS
 logger = logging.getLogger(__name__)
 
 FORMAT, VERSION = "moeplace-watch", 1
+#: The file that marks a folder of our policies in engines.
+OBSERVED = "moeplace-observe.json"
 Line = dict[str, Any]
 
 
@@ -64,8 +67,9 @@ class Watch:
     Parameters
     ----------
     folder : path
-        Of dumps that `read_loads` reads, a window or more in each; hidden files and folders are
-        passed over. They are taken in the order of their names, numbers in them as numbers.
+        Of dumps that `read_loads` reads, a window or more in each, or of the decisions that our
+        policies in engines record; hidden files and folders are passed over. Dumps are taken in
+        the order of their names, numbers in them as numbers.
     monitor : Monitor
         At the plan and loads of the beginning; a state file that is there goes before it.
     out : path
@@ -144,26 +148,47 @@ class Watch:
         old = time.time() - signature[1] / 1e9 >= self.settle
         return old or time.monotonic() - since[1] >= self.settle
 
+    def _place(self) -> Path:
+        """The folder itself, or the one model's in a folder of our policies in engines."""
+        folder = Path(self.folder)
+        if not (folder / OBSERVED).exists():
+            return folder
+        models = sorted(path for path in folder.iterdir() if path.is_dir())
+        if len(models) > 1:
+            raise FormatError(
+                f"{folder}: holds decisions on several models. Name one of the folders in it: "
+                f"{', '.join(path.name for path in models)}."
+            )
+        return models[0] if models else folder
+
     def _files(self) -> list[tuple[Path, list[int]]]:
         """New files, and bad ones that have changed, in order, with their size and time."""
         own = {os.path.realpath(path) for path in (self.out, self.state, self.log)}
         found = []
         present = set()
-        with os.scandir(self.folder) as entries:
-            for entry in entries:
-                if entry.name.startswith(".") or os.path.realpath(entry.path) in own:
+        try:
+            listed = list(os.scandir(self._place()))
+        except OSError as cause:  # perhaps it comes back
+            logger.warning("%s: cannot be listed (%s)", self.folder, cause)
+            return []
+        for entry in listed:
+            if (
+                entry.name.startswith(".")
+                or entry.name == OBSERVED
+                or os.path.realpath(entry.path) in own
+            ):
+                continue
+            try:
+                if not entry.is_file():
                     continue
-                try:
-                    if not entry.is_file():
-                        continue
-                    status = entry.stat()
-                except OSError:  # gone since
-                    continue
-                present.add(entry.name)
-                signature = [status.st_size, status.st_mtime_ns]
-                known = self._done.get(entry.name)
-                if known is None or (entry.name in self._bad and known != signature):
-                    found.append((Path(entry.path), signature))
+                status = entry.stat()
+            except OSError:  # gone since
+                continue
+            present.add(entry.name)
+            signature = [status.st_size, status.st_mtime_ns]
+            known = self._done.get(entry.name)
+            if known is None or (entry.name in self._bad and known != signature):
+                found.append((Path(entry.path), signature))
         for gone in set(self._done) - present:
             del self._done[gone]
             self._bad.discard(gone)
@@ -173,7 +198,7 @@ class Watch:
         """Judge the windows of one file."""
         self._bad.discard(path.name)
         try:
-            loads = read_loads(path, **self.options)
+            loads = _read(path, self.options)
             self._fits(loads)
         except (FormatError, ProblemError) as cause:
             self._bad.add(path.name)
@@ -372,6 +397,18 @@ class Watch:
             except (ValueError, TypeError, KeyError):
                 continue
         return 0
+
+
+def _read(path: Path, options: dict[str, Any]) -> LoadHistogram:
+    """Any format of `read_loads`, or a decision of our policies in engines, for its counts."""
+    if path.suffix == ".npz" and options.get("format") is None:
+        with npz(path) as archive:
+            if {"weight", "about"} <= set(archive.names):
+                try:
+                    return LoadHistogram(tokens=archive.array("weight"))
+                except ProblemError as cause:
+                    raise FormatError(f"{path}: {cause}") from cause
+    return read_loads(path, **options)
 
 
 def _natural(name: str) -> list[tuple[int, float, str]]:

@@ -183,6 +183,34 @@ def test_half_written_dumps_are_waited_for(folder: Folder) -> None:
     assert watch.poll() == 1
 
 
+def test_decisions_of_policies_in_engines_are_followed(folder: Folder) -> None:
+    (folder.dumps / "moeplace-observe.json").write_text('{"format": "moeplace-observe"}')
+    watch = folder.watch(economy=None)
+    assert watch.poll(settled=True) == 0
+    model = folder.dumps / "26x64-72-8"
+    model.mkdir()
+    for n in range(3):
+        np.savez(
+            model / f"{n + 1:08d}.npz", weight=folder.tokens[8 + n], about=np.array("{}"),
+            copies=np.zeros(26),
+        )  # fmt: skip
+    (model / "00000004.npz").write_bytes((model / "00000003.npz").read_bytes()[:900])
+    assert watch.poll(settled=True) == 4
+    assert [line["action"] for line in folder.lines()] == ["keep", "keep", "replan", "skip"]
+    (folder.dumps / "another").mkdir()
+    with pytest.raises(FormatError, match="several models"):
+        watch.poll(settled=True)
+
+
+def test_a_folder_that_goes_away_may_come_back(folder: Folder) -> None:
+    watch = folder.watch()
+    folder.dumps.rmdir()
+    assert watch.poll(settled=True) == 0
+    folder.dumps.mkdir()
+    folder.dump(4)
+    assert watch.poll(settled=True) == 1
+
+
 def test_nothing_moves_that_does_not_pay(folder: Folder) -> None:
     for window in range(8, 12):
         folder.dump(window)
