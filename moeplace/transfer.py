@@ -93,7 +93,7 @@ class Migration:
 
     @cached_property
     def moves(self) -> int:
-        """Copies that ranks receive from others."""
+        """Copies that ranks receive from others; both of two on one rank, as old maps hold them."""
         return sum(copy.source != copy.rank for stage in self.stages for copy in stage.copies)
 
     @cached_property
