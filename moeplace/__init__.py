@@ -21,6 +21,7 @@ from moeplace.constraints import (
 )
 from moeplace.diagnose import Finding, diagnose
 from moeplace.dispatch import waterfill
+from moeplace.drift import Decision, Monitor
 from moeplace.errors import (
     CertificateError,
     FormatError,
@@ -37,30 +38,41 @@ from moeplace.formats import read_loads, read_plan, write_plan
 from moeplace.hardware import Cluster, Planes
 from moeplace.instances import read_instance, write_instance
 from moeplace.loads import LoadHistogram
+from moeplace.migrate import migrate, relabel
 from moeplace.plan import EMPTY, Plan
 from moeplace.problem import Problem
+from moeplace.replan import Economy, Proposal, propose
 from moeplace.result import Limits, Progress, Result, Status
 from moeplace.search.split import resplit
 from moeplace.solve import solve
 from moeplace.topology import rank_plans, trace_traffic, traffic
+from moeplace.tradeoff import tradeoff
+from moeplace.transfer import Links, Migration, Payback, payback
+from moeplace.whatif import whatif
 
 __all__ = [
     "EMPTY",
     "Bound",
     "CertificateError",
     "Cluster",
+    "Decision",
+    "Economy",
     "Evaluation",
     "Finding",
     "Forbid",
     "FormatError",
     "Limits",
+    "Links",
     "LoadHistogram",
     "MaxMoves",
     "MaxOffNode",
     "MaxReplicas",
+    "Migration",
     "MissingExtraError",
     "MoeplaceError",
+    "Monitor",
     "NodeGroups",
+    "Payback",
     "Pin",
     "Plan",
     "PlanError",
@@ -69,6 +81,7 @@ __all__ = [
     "Problem",
     "ProblemError",
     "Progress",
+    "Proposal",
     "ReplicaBudget",
     "Result",
     "SolverError",
@@ -82,16 +95,22 @@ __all__ = [
     "gather",
     "instances",
     "lower_bound",
+    "migrate",
+    "payback",
+    "propose",
     "rank_plans",
     "read_instance",
     "read_loads",
     "read_plan",
     "recompute",
+    "relabel",
     "resplit",
     "solve",
     "trace_traffic",
+    "tradeoff",
     "traffic",
     "waterfill",
+    "whatif",
     "write_instance",
     "write_plan",
 ]

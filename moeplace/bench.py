@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from moeplace import bench_live
 from moeplace._check import IntArray
 from moeplace.affinity import coactivation, gather
 from moeplace.bounds import lower_bound
@@ -525,6 +526,10 @@ SUITES: dict[str, Callable[[Path], Iterator[Row]]] = {
     "held-out": held_out,
     "few-spares": few_spares,
     "node-groups": node_groups,
+    "drift": bench_live.drift,
+    "drift-real": bench_live.drift_real,
+    "moves": bench_live.moves,
+    "robust": bench_live.robust,
     "dispatch": dispatch,
     "traffic": traffic,
 }

@@ -254,7 +254,11 @@ def solve(
     if start is not None and method in POLICIES:
         raise ProblemError(f"Method {method} cannot start from a plan: drop --start or use auto.")
     given = read_given(instance, sum_windows, profile)
-    old = None if start is None else _plan(start, plan_format, first_moe_layer, given.problem)
+    old = (
+        None
+        if start is None
+        else read_of_instance(start, plan_format, first_moe_layer, given.problem)
+    )
     with _progress(quiet) as progress:
         result = find(
             given.problem,
@@ -340,7 +344,7 @@ def evaluate(
     """Price a plan. A plan that breaks a rule of the problem is priced too, and ends with 2."""
     given = read_given(instance, sum_windows)
     problem, unit = given.problem, given.problem.cluster.time_unit
-    found = price(problem, _plan(plan, plan_format, first_moe_layer, problem))
+    found = price(problem, read_of_instance(plan, plan_format, first_moe_layer, problem))
     bound = lower_bound(problem)
     # Bounds hold for legal plans only.
     least = min(bound.total, found.objective) if found.legal else bound.total
@@ -498,7 +502,7 @@ def loads(
             load_format,
             phase=cast(Any, phase),  # checked with the loads
             passes=passes,
-            layers=None if layers is None else _range(layers),
+            layers=None if layers is None else parse_range(layers),
             windows=windows,
             experts=experts,
             progress=progress,
@@ -516,7 +520,8 @@ def loads(
         raise typer.Exit(BAD_INPUT)
 
 
-def _range(text: str) -> slice:
+def parse_range(text: str) -> slice:
+    """FROM:TO as a slice."""
     start, colon, stop = text.partition(":")
     try:
         if not colon:
@@ -800,7 +805,9 @@ def _profiled(cluster: Cluster, path: str) -> Cluster:
     return replace(cluster, speeds=speeds, speed_unit="relative")
 
 
-def _plan(path: str, plan_format: str, first_moe_layer: int | None, problem: Problem) -> Plan:
+def read_of_instance(
+    path: str, plan_format: str, first_moe_layer: int | None, problem: Problem
+) -> Plan:
     """Read a plan; what an engine's file does not say is as in the problem."""
     slots = problem.cluster.slots
     said: dict[str, int] = {"ranks": problem.ranks, "layers": problem.layers}
@@ -1064,9 +1071,10 @@ def _reading() -> Iterator[Callable[[int, int], None] | None]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line (by default `sys.argv`) and exit with its code."""
-    from moeplace.cli_replay import add_commands  # it imports this module
+    from moeplace import cli_migrate, cli_replay, cli_watch, cli_whatif  # they import this one
 
-    add_commands(app)
+    for module in (cli_replay, cli_migrate, cli_watch, cli_whatif):
+        module.add_commands(app)
     for stream in (sys.stdout, sys.stderr):  # what the terminal cannot show is escaped
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:

@@ -122,7 +122,7 @@ def test_a_bound_by_prices_is_better_than_layers_alone() -> None:
     assert before <= 33
     assert 40 <= run.bound.total <= 46.5 * (1 + 1e-9)
     assert run.best is not None
-    assert run.best.objective == pytest.approx(46.5)
+    assert run.best.objective >= 46.5 * (1 - 1e-9)
 
 
 @pytest.mark.parametrize("machines", [20, 40, 83, 167])
