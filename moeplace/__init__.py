@@ -31,8 +31,9 @@ from moeplace.errors import (
 from moeplace.evaluate import Evaluation, evaluate
 from moeplace.expert_bytes import expert_bytes
 from moeplace.formats import read_loads, read_plan, write_plan
-from moeplace.hardware import Cluster, Planes
+from moeplace.hardware import Cluster
 from moeplace.instances import read_instance, write_instance
+from moeplace.latency import Planes, Table
 from moeplace.loads import LoadHistogram
 from moeplace.plan import EMPTY, Plan
 from moeplace.problem import Problem
@@ -68,6 +69,7 @@ __all__ = [
     "Result",
     "SolverError",
     "Status",
+    "Table",
     "TokenCapacity",
     "compare",
     "diagnose",

@@ -5,10 +5,13 @@ makespan of at most T. Its docstring holds conditions and proof. `lower_bound` s
 largest T that some argument refutes (compiled, in `bound_kernels`); `recompute` asks the named
 argument about a claimed bound again, from the problem alone, with the NumPy code below.
 
-Notation: w_1 >= w_2 >= ... loads, W their sum; r_g = (min(T v_g, C_g) - b_g)+ tokens that rank
-g can still run by T (C_g its token capacity), R_n the sum of the n largest; K_g slots of rank g
-that can be used (at most E), s = sum K - E spare slots. Ranks without slots count only through
-their base load. Latency planes only add to tokens / v_g, so every argument holds for them too.
+Notation: w_1 >= w_2 >= ... loads, W their sum; r_g = (min(n_g(T), C_g) - b_g)+ tokens that rank
+g can still run by T (n_g(T) = T v_g under linear speeds, else `Cluster.tokens_by`: the inverse of
+the least time that n tokens take, f_g(0, n) under planes, the monotone envelope of a table; C_g
+its token capacity), R_n the sum of the n largest; K_g slots of rank g that can be used (at most
+E), s = sum K - E spare slots. Ranks without slots count only through their base load. No argument
+needs more of a latency model than r_g, so that a table need not be convex; what activated
+replicas add under planes, `planes` counts.
 Comparisons leave a relative slack of 1e-12, so that rounding never makes a bound too high.
 """
 
@@ -24,6 +27,7 @@ from moeplace.constraints import CAPACITY_SLACK
 from moeplace.errors import CertificateError
 from moeplace.evaluate import evaluate
 from moeplace.hardware import Cluster
+from moeplace.latency import Knots, tokens_by
 from moeplace.loads import LoadHistogram
 from moeplace.nodes_bound import share_groups
 from moeplace.problem import Problem
@@ -107,7 +111,7 @@ class Row:
 
     loads: FloatArray  # [experts], descending
     base: FloatArray  # [ranks]
-    speeds: FloatArray  # [ranks]
+    knots: Knots  # of the ranks' latency
     caps: IntArray  # [ranks] slots that can be used
     even: bool
     unit: float  # loads are multiples of it; 0 if they are not whole
@@ -121,7 +125,11 @@ class Row:
 
     def rooms(self, seconds: float) -> FloatArray:
         """r_g of the ranks [ranks]."""
-        return np.maximum(np.minimum(seconds * self.speeds, self.capacity) - self.base, 0.0)
+        return np.maximum(np.minimum(self.reach(seconds), self.capacity) - self.base, 0.0)
+
+    def reach(self, seconds: float) -> FloatArray:
+        """n_g(T): most tokens of each rank [ranks] by so many seconds."""
+        return tokens_by(self.knots, np.array([seconds]))
 
     def room(self, seconds: float) -> FloatArray:
         """r_g of the ranks with slots, most first."""
@@ -135,7 +143,7 @@ class Row:
 
 def base_load(row: Row, seconds: float) -> bool:
     """A rank's base load alone takes longer. Any routing, any latency model."""
-    return bool((row.base > (1 + SLACK) * seconds * row.speeds).any())
+    return bool((row.base > (1 + SLACK) * row.reach(seconds)).any())
 
 
 def fluid(row: Row, seconds: float) -> bool:
@@ -406,7 +414,8 @@ def _search(
         -np.sort(-tokens, axis=-1).reshape(-1, problem.experts),
         frozen(base.reshape(-1, problem.ranks)),
         fluid.ravel(),
-        problem.cluster.speeds,
+        frozen(problem.cluster.seconds(base).reshape(-1, problem.ranks)),
+        problem.cluster.knots,
         _caps(problem),
         problem.routing == "even",
         units.ravel(),
@@ -418,9 +427,10 @@ def _search(
 
 
 def longest(problem: Problem, tokens: FloatArray, base: FloatArray) -> FloatArray:
-    """Time by speeds [...] that no plan exceeds: tokens [..., experts] and base [..., ranks]."""
+    """Time [...] that no plan exceeds: tokens [..., experts] and base [..., ranks]."""
     whole = tokens.sum(axis=-1)[..., None] + base
-    return np.asarray((whole / problem.cluster.speeds).max(axis=-1))
+    most = _caps(problem).max() * 1.0
+    return np.asarray(problem.cluster.seconds(whole, np.array([most])).max(axis=-1))
 
 
 def lifted_bound(problem: Problem, bound: Bound, better: FloatArray, name: str) -> Bound:
@@ -772,7 +782,7 @@ def row_of(problem: Problem, window: int, layer: int) -> Row:
     return Row(
         loads=-np.sort(-problem.tokens[window, layer]),
         base=problem.base[window, layer],
-        speeds=problem.cluster.speeds,
+        knots=problem.cluster.knots,
         caps=_caps(problem),
         even=problem.routing == "even",
         unit=float(_units(problem)[window]),
