@@ -129,6 +129,7 @@ def solve(
         problem.windows > 1,
         start is not None or problem.max_moves is not None,
         problem.node_groups is not None,
+        problem.cluster.nonlinear,
     )
     if method in EXACT:
         import ortools.sat.python.cp_model  # noqa: F401 - loaded before the clock starts

@@ -22,6 +22,7 @@ from moeplace.constraints import (
 from moeplace.errors import PlanError, PolicyNotApplicable
 from moeplace.evaluate import Evaluation, evaluate
 from moeplace.hardware import Cluster
+from moeplace.latency import Planes
 from moeplace.loads import LoadHistogram
 from moeplace.nodes_bound import share_groups
 from moeplace.plan import EMPTY, Plan
@@ -33,6 +34,7 @@ from moeplace.search.budget import allot, points
 from moeplace.search.construct import adopt, construct
 from moeplace.search.groups import grouped
 from moeplace.search.improve import improve
+from moeplace.search.latency import TrueTimes
 from moeplace.search.moves import Moves
 from moeplace.search.nodes import assign
 from moeplace.search.polish import Polish
@@ -53,6 +55,8 @@ STRIDE = 400_000
 #: the cost (what one exchange changes shrinks with the number of slots); few slots have few ways
 #: around a bad place, so their first threshold is at least the third number over their square.
 ROUNDS, HEAT, FEW_HEAT = 20, 0.18, 7.0
+#: The first threshold under latency planes or tables: this over the slots of a rank.
+TRUE_HEAT = 0.1
 #: Share of time and work that a problem of several windows spends on the mean load.
 MEAN_SHARE = 0.15
 #: The same under a budget of moves.
@@ -106,8 +110,8 @@ class Run:
 
     @cached_property
     def targets(self) -> FloatArray:
-        """Bound [layers] on the makespan of the mean load by speeds, on which the search works."""
-        if self.problem.windows == 1 and self.problem.cluster.planes is None:
+        """Bound [layers] on the makespan of the mean load, on which the search works."""
+        if self.problem.windows == 1:
             return np.asarray(self.bound.per_layer[0])
         return mean_bound(self.problem)
 
@@ -227,7 +231,9 @@ class Run:
 
 
 @cache
-def rehearse(weighted: bool, several: bool, near: bool, grouped: bool) -> None:
+def rehearse(
+    weighted: bool, several: bool, near: bool, grouped: bool, nonlinear: bool = False
+) -> None:
     """Solve a tiny problem of this kind: loads kernels, and compiles them after installation.
 
     Called before the clock starts, so that neither counts against a time limit.
@@ -242,6 +248,8 @@ def rehearse(weighted: bool, several: bool, near: bool, grouped: bool) -> None:
         From a current plan: `MaxMoves` or a start plan.
     grouped : bool
         `NodeGroups`.
+    nonlinear : bool
+        Latency planes or a table.
     """
     tokens = np.array([[9.0, 7, 5, 3, 1], [1, 3, 5, 7, 9]])[: 1 + several, None]
     cluster = Cluster(speeds=np.array([1, 0.9, 1.1]), slots=np.full(3, 2), nodes=np.arange(3))
@@ -249,8 +257,11 @@ def rehearse(weighted: bool, several: bool, near: bool, grouped: bool) -> None:
     rules: list[Constraint] = [TokenCapacity(100.0)]  # not tight: what it needs besides is run
     rules += [MaxMoves(current, per_layer=2)] if near else []
     rules += [NodeGroups(np.array([0, 0, 1, 1, 2]))] if grouped else []
+    if nonlinear:
+        planes = Planes(startup=[1.0], activation=[1.0], compute=[1.0])  # type: ignore[arg-type]
+        cluster = replace(cluster, planes=planes)
     problem = Problem(
-        LoadHistogram(tokens=tokens),
+        LoadHistogram(tokens=tokens, passes=np.ones(1 + several)),
         cluster,
         routing="weighted" if weighted else "even",
         constraints=rules,
@@ -259,7 +270,7 @@ def rehearse(weighted: bool, several: bool, near: bool, grouped: bool) -> None:
     run = Run(problem, lower_bound(problem), limits, time.perf_counter(), 0, 1, None)
     search(run, None)
     if near:  # a start plan is left where it does not do
-        rehearse(weighted, several, False, grouped)
+        rehearse(weighted, several, False, grouped, nonlinear)
 
 
 def search(run: Run, start: Plan | None) -> None:
@@ -269,12 +280,16 @@ def search(run: Run, start: Plan | None) -> None:
         run.from_start = True
     with ThreadPoolExecutor(run.workers) as pool:
         if run.problem.replica_budget is not None:
-            if _pours(run.problem):
+            if _pours(run.problem) and not run.problem.cluster.nonlinear:
                 _pour(run)
                 if run.best is not None and not run.open.any():
                     return
             _share_replicas(run)
-        if run.problem.max_moves is not None:
+        if run.problem.cluster.nonlinear:
+            from moeplace.search.nonlinear import by_true_times  # imports this module
+
+            by_true_times(run, start, pool)
+        elif run.problem.max_moves is not None:
             _few_moves(run, run.problem.max_moves.current, run.problem.max_moves.allowance(), pool)
         else:
             _afresh(run, start, pool)
@@ -336,7 +351,7 @@ def _afresh(run: Run, start: Plan | None, pool: ThreadPoolExecutor) -> None:
             run.offer(state.plan(problem))
             if run.quota is not None:
                 adopt(state, run.kept.plan, _affordable(state, run.kept.plan))
-            _all_windows(run, state, pool)
+            all_windows(run, state, pool)
         if weighted:
             run.offer(state.plan(problem))
             adopt(state, run.kept.plan, _affordable(state, run.kept.plan))
@@ -405,6 +420,18 @@ def _bar_nodes(problem: Problem, state: State, node_of: IntArray) -> None:
     groups = problem.node_groups.of(problem.experts)
     elsewhere = node_of[:, None, groups] != problem.cluster.nodes[None, :, None]
     state.on[:, :, : problem.experts] |= np.where(elsewhere, BARRED, 0).astype(np.uint8)
+
+
+def stay_on_nodes(problem: Problem, state: State, current: Plan) -> None:
+    """Keep each expert group on the node where a plan has it."""
+    assert problem.node_groups is not None
+    assert problem.cluster.nodes is not None
+    groups = problem.node_groups.of(problem.experts)
+    node = problem.cluster.nodes[current.rank_of_slot]
+    node_of = np.zeros((problem.layers, int(groups.max()) + 1), dtype=np.int64)
+    layer, slot = np.nonzero(current.slots >= 0)
+    node_of[layer, groups[current.slots[layer, slot]]] = node[slot]
+    _bar_nodes(problem, state, node_of)
 
 
 def _take_better(state: State, plan: Plan) -> None:
@@ -558,14 +585,8 @@ def _few_moves(run: Run, current: Plan, allowance: IntArray, pool: ThreadPoolExe
         run.offer(current.with_split(None))
     rules = problem.max_moves
     state = _holding(run, current)
-    if problem.node_groups is not None:  # groups stay on the nodes where they are
-        groups = problem.node_groups.of(problem.experts)
-        assert problem.cluster.nodes is not None
-        node = problem.cluster.nodes[current.rank_of_slot]
-        node_of = np.zeros((problem.layers, int(groups.max()) + 1), dtype=np.int64)
-        layer, slot = np.nonzero(current.slots >= 0)
-        node_of[layer, groups[current.slots[layer, slot]]] = node[slot]
-        _bar_nodes(problem, state, node_of)
+    if problem.node_groups is not None:
+        stay_on_nodes(problem, state, current)
     aims = _aims(run, state)
     moves = Moves(state, allowance)
     broken = _broken(state)
@@ -606,7 +627,7 @@ def _few_moves(run: Run, current: Plan, allowance: IntArray, pool: ThreadPoolExe
         if weighted:
             _polish(run, state, moves.allowance, pool)
         elif problem.windows > 1:
-            _all_windows(run, state, pool, moves.allowance)
+            all_windows(run, state, pool, moves.allowance)
     finally:
         run.offer(state.plan(problem))
 
@@ -637,7 +658,7 @@ def _share_replicas(run: Run) -> None:
     cost = np.full((problem.layers, extra.size), np.inf)
     slots = np.full((extra.size, problem.layers, problem.cluster.total_slots), EMPTY)
     for turn, more in enumerate(extra):
-        limits = _part(run, BUDGET_SHARE, extra.size - turn)
+        limits = part(run, BUDGET_SHARE, extra.size - turn)
         one = Run(
             apart, run.bound, limits, time.perf_counter(), run.seed, run.workers, None,
             quota=need + np.minimum(more, most),
@@ -657,7 +678,7 @@ def _share_replicas(run: Run) -> None:
         run.offer(Plan(slots=best, rank_slots=rank_slots, experts=problem.experts))
 
 
-def _part(run: Run, share: float, parts: int) -> Limits:
+def part(run: Run, share: float, parts: int) -> Limits:
     """One of `parts` equal parts of what is left of a share of time and work."""
     time, work = run.limits.time, None
     if time is not None:
@@ -667,21 +688,34 @@ def _part(run: Run, share: float, parts: int) -> Limits:
     return Limits(time=time, work=work, gap=run.limits.gap)
 
 
-def _all_windows(
+def true_targets(run: Run) -> FloatArray:
+    """Mean makespans [layers] at which layers are done; 0 where windows are not just averaged."""
+    if run.problem.objective != "mean":
+        return np.zeros(run.problem.layers)
+    return layer_floor(run.problem, run.bound) * (1 + run.limits.gap)
+
+
+def all_windows(
     run: Run, state: State, pool: ThreadPoolExecutor, allowance: IntArray | None = None
 ) -> None:
     """Several windows, one placement: anneal on all; windows that decide move the weights there.
 
-    `allowance` [layers]: copies that each layer may receive.
+    Under latency planes or tables by the true times, with any number of windows. `allowance` [layers]: copies that each layer may receive.
     """
     problem = run.problem
-    every = Windows(problem, state, allowance)
+    every: Windows | TrueTimes
+    if problem.cluster.nonlinear:
+        every = TrueTimes(problem, state, allowance, true_targets(run))
+    else:
+        every = Windows(problem, state, allowance)
     layers = np.arange(problem.layers)
     weight = problem.window_weight.copy()
     if problem.objective == "worst":
         weight = np.full(problem.windows, 1.0 / problem.windows)
     slots = problem.cluster.total_slots
     hottest = max(HEAT, FEW_HEAT / slots) / slots
+    if problem.cluster.nonlinear:
+        hottest = TRUE_HEAT * problem.ranks / slots
     trials, began, begun_work = 200, run.seconds, run.work
     for turn in range(ROUNDS):
         if run.late() or run.work >= run.steps:
@@ -696,6 +730,8 @@ def _all_windows(
             if run.late():
                 break
         run.work += trials * problem.layers * problem.windows
+        if isinstance(every, TrueTimes) and (every.cost <= every.target).all():
+            return
         if problem.objective != "mean" or np.isfinite(problem.capacity).any():
             run.offer(state.plan(problem))
         if problem.objective == "worst":
