@@ -39,6 +39,8 @@ NODES, STAY, FEW = "nodes: ", "moves", "few moves"
 MOST_MOVES, QUICK = 8, 20_000
 #: Source of bounds by every way to share groups out over nodes.
 GROUPS = "groups on nodes"
+#: `planes` counts the replicas that so many experts of a layer need.
+HOTTEST = 32
 #: Sources of bounds by the latency planes, and by trying every placement of a tiny layer.
 PLANES, EXHAUSTIVE = "planes", "exhaustive"
 
@@ -632,17 +634,22 @@ def planes(
 
     Any routing. Proof: by T rank g runs n_g tokens and activates A_g <= K_g replicas with
     t_k + w_k A_g + c_k (b_g + n_g) / v_g <= T for every plane k, or is idle. Together the ranks
-    must run sum n_g >= W and activate sum A_g >= sum_e a(w_e): a(n) = 1 - exp(-n) is concave with
-    a(0) = 0, so an expert's replicas activate no less than a single one. What a rank can run is
-    a concave function of A_g, so the most that all can run at a total of activations is found
-    by spending activations where they cost the fewest tokens first.
+    must run sum n_g >= W and activate sum A_g >= sum_e A_e, A_e the least that replicas of e can
+    activate: a(n) = 1 - exp(-n) is concave with a(0) = 0, so few replicas activate least. Under
+    even routing e needs c copies (see `even_copies`) and A_e = c a(w_e / c), which grows with c;
+    else no replica runs more than r = max_g r_g, and A_e is that of as many full ones as fit into
+    w_e and one with the rest. What a rank can run is a concave function of A_g, so the most that
+    all can run at a total of activations is found by spending activations where they cost the
+    fewest tokens first. The `HOTTEST` experts are looked at so, the others count as single ones.
     """
     cluster, model = problem.cluster, problem.cluster.planes
     assert model is not None
     t, w, c = model.startup, model.activation, model.compute
     tokens, base = problem.tokens[window, layers], problem.base[window, layers]
     need = tokens.sum(axis=1) * (1 - SLACK)
-    active = -np.expm1(-tokens).sum(axis=1) * (1 - SLACK)
+    if layers.size == 0:
+        return np.zeros(0, dtype=np.bool_)
+    active = _least_activated(problem, tokens, base, seconds) * (1 - SLACK)
     time = seconds[:, None, None]  # [layers, ranks, points]
     caps = _caps(problem)[None, :, None].astype(float)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -680,6 +687,26 @@ def planes(
     can = runs[:, :, 0].sum(axis=1) - (spent * slope).sum(axis=1)
     short = width.sum(axis=1) < active
     return np.asarray(late | short | (can * (1 + SLACK) < need))
+
+
+def _least_activated(
+    problem: Problem, tokens: FloatArray, base: FloatArray, seconds: FloatArray
+) -> FloatArray:
+    """Sum of A_e [layers] for tokens [layers, experts] and base [layers, ranks]; see `planes`."""
+    load = -np.sort(-tokens, axis=1)
+    hot, rest = load[:, :HOTTEST], load[:, HOTTEST:]
+    reach = np.minimum(problem.cluster.tokens_by(seconds[:, None]), _ceiling(problem)) - base
+    room = -np.sort(-np.maximum(reach[:, _caps(problem) > 0], 0.0), axis=1)
+    if problem.routing == "even":
+        most = np.maximum.accumulate(room * np.arange(1, room.shape[1] + 1), axis=1)
+        copies = 1 + (most[:, None, :] < hot[:, :, None] * (1 - SLACK)).sum(axis=2)
+        each = -copies * np.expm1(-hot / copies)
+    else:
+        largest = np.maximum(room[:, :1], 1e-300) * (1 + SLACK)
+        full = np.where(room[:, :1] > 0, np.floor(hot / largest), 0.0)
+        left = np.where(room[:, :1] > 0, hot - full * largest, hot)
+        each = -full * np.expm1(-largest) - np.expm1(-np.maximum(left, 0.0))
+    return np.asarray(each.sum(axis=1) - np.expm1(-rest).sum(axis=1))
 
 
 def _planes_bound(problem: Problem, start: FloatArray) -> FloatArray:

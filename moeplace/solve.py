@@ -119,6 +119,10 @@ def solve(
             f"Warm start, solver options and solver log are for {', '.join(EXACT)}, not for "
             f"{method}."
         )
+    if method in EXACT:
+        from moeplace.exact.model import refuse_table
+
+        refuse_table(problem)
     if method in EXACT and work_limit is not None and not _has_work(method):
         raise ProblemError(f"{method} has no deterministic measure of work: give a time limit.")
     for name, value, least in (("seed", seed, 0), ("workers", workers, 1)):

@@ -31,6 +31,7 @@ from scipy import sparse
 from moeplace._check import BoolArray, FloatArray, IntArray
 from moeplace.constraints import CAPACITY_SLACK, MaxMoves
 from moeplace.dispatch import shares
+from moeplace.errors import ProblemError
 from moeplace.evaluate import Evaluation, evaluate
 from moeplace.plan import EMPTY, Plan
 from moeplace.problem import Problem
@@ -245,6 +246,15 @@ class _Builder:
         return rows
 
 
+def refuse_table(problem: Problem) -> None:
+    """Raise ProblemError if latency is a table: its times need not be convex, rows are."""
+    if problem.cluster.table is not None:
+        raise ProblemError(
+            "Exact methods cannot hold a latency table, whose times need not be convex. Use method "
+            "auto, or fit planes to the times (moeplace fit)."
+        )
+
+
 def build(
     problem: Problem,
     layers: Sequence[int],
@@ -277,6 +287,7 @@ def build(
     symmetry : bool
         Whether equal ranks and equal experts are ordered.
     """
+    refuse_table(problem)
     coupled = window_weight is None
     weight = problem.window_weight if window_weight is None else window_weight
     unit = (
