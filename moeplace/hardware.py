@@ -300,7 +300,7 @@ class Cluster:
             return np.asarray(room[..., holds].sum(axis=-1) < tokens)
 
         open_ = short(low)
-        high = np.maximum(low, self.knots[1].min())
+        high = np.maximum(low, tokens / self.speeds[holds].sum())  # never enough, but above 0
         while (more := short(high)).any():
             low, high = np.where(more, high, low), np.where(more, 2 * high, high)
         for _ in range(60):

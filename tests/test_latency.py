@@ -17,6 +17,7 @@ from moeplace.hardware import Cluster
 from moeplace.latency import Planes, Table, tokens_by
 from moeplace.problem import Problem
 from tests.exact.cases import planes_optimum, with_planes
+from tests.strategies import legal_plans
 
 TIMES = st.sampled_from([0.5, 1.0, 1.5, 4.0, 9.0])
 
@@ -243,3 +244,20 @@ def test_evaluate_prices_a_plan_by_the_table() -> None:
     plan = mp.Plan(slots=[[0, 1]], rank_slots=cluster.slots, experts=2)  # type: ignore[arg-type]
     priced: FloatArray = evaluate(Problem(loads, cluster), plan).rank_seconds
     assert priced.tolist() == [[[1.5, 3.0]]]
+
+
+@given(st.one_of(with_table("weighted"), with_planes("weighted")), st.data())
+def test_no_bound_is_above_a_plan_with_any_shares(one: Problem, data: st.DataObject) -> None:
+    plan = data.draw(legal_plans(one))
+    weights = st.lists(
+        st.sampled_from([0.0, 0.1, 1.0]), min_size=plan.slots.size, max_size=plan.slots.size
+    )
+    share = np.where(plan.slots >= 0, np.array(data.draw(weights)) + 1e-9, 0.0)
+    total = np.zeros((one.layers, one.experts + 1))
+    np.add.at(total, (0, plan.slots[0]), share[0])
+    split = share / np.where(plan.slots >= 0, total[0][plan.slots], 1.0)
+    priced = evaluate(one, plan.with_split(split))
+    assert lower_bound(one).total <= priced.objective * (1 + 1e-9)
+    best = evaluate(one, mp.resplit(one, plan))
+    assert lower_bound(one).total <= best.objective * (1 + 1e-9)
+    assert best.objective <= evaluate(one, plan).objective * (1 + 1e-12)

@@ -73,12 +73,14 @@ def _tangents(problem: Problem, plan: Plan) -> FloatArray:
     even = np.where(plan.slots >= 0, 1.0 / np.maximum(replicas, 1), 0.0)
     now = np.broadcast_to(even, (problem.windows, *even.shape)).copy()
     best, least = now.copy(), _penalised(problem, priced)
+    total = priced.rank_tokens.sum(axis=2, keepdims=True)
     for _ in range(TANGENTS):
-        tokens = np.maximum(priced.rank_tokens, 1e-9)
+        tokens = np.maximum(priced.rank_tokens, np.where(total > 0, 0.01 / problem.ranks, 1) * total)
+        tokens = np.where(total > 0, tokens, 1.0)
         active = cluster.activated(np.maximum(_carried(problem, plan, now), 0.0))
         seconds = cluster.seconds(tokens, active)
         slope = (cluster.seconds(1.01 * tokens, active) - seconds) / (0.01 * tokens)
-        slope = np.maximum(slope, 1e-3 * seconds / tokens)
+        slope = np.maximum(slope, 1e-3 * (seconds / tokens).max(axis=2, keepdims=True))
         start = seconds - slope * tokens
         lift = (start - start.min(axis=2, keepdims=True)) / slope
         new = _flow(problem, plan, problem.base + lift, 1.0 / slope, lift)
