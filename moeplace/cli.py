@@ -206,6 +206,14 @@ def solve(
         ),
     ] = None,
     profile: ProfileFile = None,
+    latency: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="What a profile is fitted by: speed (relative, where tokens are many), plane, "
+            "hinges, planes or table (in seconds; the loads need passes).",
+        ),
+    ] = "speed",
     certificate: Annotated[
         str | None,
         typer.Option(
@@ -242,7 +250,7 @@ def solve(
         check_output(out, inputs)
     if start is not None and method in POLICIES:
         raise ProblemError(f"Method {method} cannot start from a plan: drop --start or use auto.")
-    given = read_given(instance, sum_windows, profile)
+    given = read_given(instance, sum_windows, profile, latency)
     old = None if start is None else _plan(start, plan_format, first_moe_layer, given.problem)
     with _progress(quiet) as progress:
         result = find(
@@ -752,11 +760,13 @@ class _Given:
     words: list[tuple[str, str]] = field(default_factory=list)
 
 
-def read_given(instance: str, sum_windows: bool, profile: str | None = None) -> _Given:
+def read_given(
+    instance: str, sum_windows: bool, profile: str | None = None, latency: str = "speed"
+) -> _Given:
     """Read the problem that a command is about, and the words for it."""
     problem = _generated(instance) if instance.startswith("generate:") else read_instance(instance)
     if profile is not None:
-        problem = replace(problem, cluster=_profiled(problem.cluster, profile))
+        problem = replace(problem, cluster=_profiled(problem.cluster, profile, latency))
     summed = []
     if sum_windows:
         summed = [("summed", f"{problem.windows:,} windows into one, which understates their time")]
@@ -764,8 +774,11 @@ def read_given(instance: str, sum_windows: bool, profile: str | None = None) -> 
     return _Given(problem, instance, [*described(problem), *summed])
 
 
-def _profiled(cluster: Cluster, path: str) -> Cluster:
-    """The cluster with the speeds of a profile; equal ones, and a warning, if it is not usable."""
+def _profiled(cluster: Cluster, path: str, latency: str) -> Cluster:
+    """The cluster with the times of a profile; equal speeds, and a warning, if it is not usable.
+
+    By the latency "speed" relative speeds where tokens are many, else a fitted model, in seconds.
+    """
     profile = read_profile(path)
     devices = measured_devices(profile)
     if devices and len(devices) != cluster.ranks:
@@ -773,9 +786,11 @@ def _profiled(cluster: Cluster, path: str) -> Cluster:
             f"{path}: holds {len(devices)} ranks but the instance has {cluster.ranks}: calibrate "
             "on as many ranks."
         )
+    if devices and latency != "speed":
+        return Cluster.from_profile(profile, cluster.slots, cluster.nodes, model=latency)
     entries = match(profile, devices).entries if devices else None
     speeds = np.ones(cluster.ranks) if entries is None else relative_speeds(entries)
-    return replace(cluster, speeds=speeds, speed_unit="relative")
+    return replace(cluster, speeds=speeds, speed_unit="relative", planes=None, table=None)
 
 
 def _plan(path: str, plan_format: str, first_moe_layer: int | None, problem: Problem) -> Plan:
@@ -1020,8 +1035,10 @@ def _reading() -> Iterator[Callable[[int, int], None] | None]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line (by default `sys.argv`) and exit with its code."""
-    from moeplace.cli_replay import add_commands  # it imports this module
+    from moeplace.cli_fit import add_fit  # they import this module
+    from moeplace.cli_replay import add_commands
 
+    add_fit(app)
     add_commands(app)
     for stream in (sys.stdout, sys.stderr):  # what the terminal cannot show is escaped
         reconfigure = getattr(stream, "reconfigure", None)

@@ -6,6 +6,7 @@ inverse summed over ranks. The model is one speed per rank, or one of `moeplace.
 in (activated replicas, tokens), or a `Table` of tokens for each rank.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -182,6 +183,65 @@ class Cluster:
         """
         table = Table(tokens=tokens, seconds=seconds)
         return replace(cls.from_speeds(table.speeds, slots, nodes), table=table)
+
+    @classmethod
+    def from_profile(
+        cls,
+        file: Any,
+        slots: Any,
+        nodes: Any = 1,
+        *,
+        uuids: Sequence[str] | None = None,
+        hosts: Sequence[str] | None = None,
+        model: str = "planes",
+        **wanted: Any,
+    ) -> "Cluster":
+        """Build a cluster of the GPUs that ranks have, by the times of a profile.
+
+        Parameters
+        ----------
+        file : path or Profile
+            Of `moeplace calibrate`.
+        slots, nodes
+            As in `from_speeds`.
+        uuids : sequence of str [ranks], optional
+            Device of each rank: ranks change GPUs when a job restarts. By default the devices of
+            the latest measuring job, in its order.
+        hosts : sequence of str [ranks], optional
+            Machine of each rank; not compared by default.
+        model : str
+            As in `moeplace.fit.fit`; GPUs that cannot be told apart count as equal.
+        **wanted
+            What else `moeplace.profile.match` takes: phase, kernel, dtype, now, max_age_days.
+
+        Returns
+        -------
+        Cluster
+            With equal relative speeds, and one warning logged, where an entry is missing, stale
+            or measured otherwise than the others.
+
+        Raises
+        ------
+        FormatError
+            If the file cannot be read.
+        ProblemError
+            If it has no devices and none are given, or the fit or the class refuses.
+        """
+        from moeplace.fit import fit
+        from moeplace.profile import Profile, match, measured_devices, read_profile
+        from moeplace.samples import Samples
+
+        profile = file if isinstance(file, Profile) else read_profile(file)
+        devices = measured_devices(profile) if uuids is None else list(uuids)
+        if not devices:
+            raise ProblemError(
+                "The profile has no devices, and no uuids are given: nothing says how many ranks "
+                "there are. Calibrate, or give the device of each rank."
+            )
+        entries = match(profile, devices, hosts=hosts, **wanted).entries
+        if entries is None:
+            return cls.from_speeds(np.ones(len(devices)), slots, nodes, "relative")
+        return fit(Samples.of(entries), model).cluster(slots, nodes)  # type: ignore[arg-type]
 
     @property
     def ranks(self) -> int:

@@ -28,7 +28,7 @@ class Planes:
     Parameters
     ----------
     startup : array-like [planes]
-        Seconds.
+        Seconds. May be negative (planes that begin to count at many tokens), but not all.
     activation : array-like [planes]
         Seconds for each replica that runs at least one token.
     compute : array-like [planes]
@@ -46,13 +46,20 @@ class Planes:
 
     def __post_init__(self) -> None:
         for name in ("startup", "activation", "compute"):
-            array = numbers(getattr(self, name), f"Planes' {name}", ("plane",), ProblemError)
+            low = -1e18 if name == "startup" else 0.0
+            given = getattr(self, name)
+            array = numbers(given, f"Planes' {name}", ("plane",), ProblemError, low=low)
             object.__setattr__(self, name, array)
         sizes = {self.startup.size, self.activation.size, self.compute.size}
         if len(sizes) > 1:
             raise ProblemError(
                 "Planes need one startup, activation and compute each: got "
                 f"{self.startup.size}, {self.activation.size} and {self.compute.size}."
+            )
+        if self.startup.max() < 0:
+            raise ProblemError(
+                "Planes' startup is negative in all planes: one token would take less than none. "
+                "At least one must be 0 or more."
             )
         if abs(self.compute.max() - 1.0) > 1e-12:
             raise ProblemError(

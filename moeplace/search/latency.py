@@ -359,8 +359,9 @@ class TrueTimes:
         state = self.state
 
         def run(part: slice) -> None:
+            mine = layers[part].copy()  # contiguous: kernels are compiled for that
             _search(
-                layers[part], trials, heat[part], self.target[layers[part]], self.model, self.most, weight,
+                mine, trials, heat[part].copy(), self.target[mine], self.model, self.most, weight,
                 self.allowance, self.load, self.base, state.cap, state.least, state.most,
                 state.slot, state.copies, state.on, state.random, state.work, self.cost,
             )  # fmt: skip
