@@ -19,6 +19,8 @@ from moeplace.fit import ties
 
 #: Standard deviation of log c_g about their mean, before anything is seen.
 PRIOR = 0.3
+#: A rank of which less than this is known, against the others, does not count for their mean.
+KNOWN = 0.1
 #: Passes below which nothing is said.
 LEAST = 20
 
@@ -123,7 +125,7 @@ def fit_totals(tokens: FloatArray, seconds: FloatArray, activated: FloatArray | 
     x = found.x
     spread, known = _spread(negative, x)
     # ranks that nothing is known of must not blur the mean
-    weight = np.minimum(known[2:-1] / np.median(known[2:-1]), 1.0) ** 2
+    weight = (known[2:-1] > KNOWN * np.median(known[2:-1])).astype(np.float64)
     weight /= weight.sum()
     log = x[2:-1] - weight @ x[2:-1]
     center = np.eye(ranks) - weight
