@@ -6,6 +6,7 @@ Start with `Problem`, `solve` and `evaluate`; the command line is ``moeplace --h
 __version__ = "0.1.0"
 
 from moeplace import instances
+from moeplace.batches import Batches, over_batches
 from moeplace.bounds import Bound, lower_bound, recompute
 from moeplace.compare import compare
 from moeplace.constraints import (
@@ -43,6 +44,7 @@ from moeplace.solve import solve
 
 __all__ = [
     "EMPTY",
+    "Batches",
     "Bound",
     "CertificateError",
     "Cluster",
@@ -77,6 +79,7 @@ __all__ = [
     "expert_bytes",
     "instances",
     "lower_bound",
+    "over_batches",
     "read_instance",
     "read_loads",
     "read_plan",

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from moeplace.bench_latency import decode_prefill, latency
 from moeplace.bounds import lower_bound
 from moeplace.constraints import MaxMoves, NodeGroups
 from moeplace.errors import FormatError, PolicyNotApplicable, ProblemError
@@ -405,6 +406,8 @@ SUITES: dict[str, Callable[[Path], Iterator[Row]]] = {
     "held-out": held_out,
     "few-spares": few_spares,
     "node-groups": node_groups,
+    "latency": latency,
+    "decode-prefill": decode_prefill,
 }
 
 

@@ -28,6 +28,7 @@ from rich.text import Text
 
 from moeplace import __version__
 from moeplace._files import check_output, write_text
+from moeplace.batches import Batches, over_batches
 from moeplace.bounds import Bound, lower_bound, recompute
 from moeplace.certificate import write_certificate
 from moeplace.compare import (
@@ -326,6 +327,14 @@ def evaluate(
     ],
     plan_format: PlanFormat = "moeplace",
     first_moe_layer: FirstMoeLayer = None,
+    batches: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Price it over so many random forward passes of each window, too; the loads need "
+            "passes.",
+        ),
+    ] = 0,
     sum_windows: SumWindows = False,
     as_json: AsJson = False,
 ) -> None:
@@ -339,10 +348,13 @@ def evaluate(
     left = float(gap(found.objective, least)) if found.legal else None
     status = "illegal" if left is None else "optimal" if left <= OPTIMAL_GAP else "feasible"
     row = Row(method="plan", evaluation=found)
+    drawn = over_batches(problem, found.plan, batches) if batches else None
     if as_json:
         answer = _answer(given, status, found, least, left, [row]) | {
             "violations": list(found.violations)
         }
+        if drawn is not None:
+            answer["batches"] = {"count": batches, "objective": drawn.objective}
         write_json(answer)
     else:
         balanced = found.balancedness
@@ -353,6 +365,7 @@ def evaluate(
             ("step time", exact(found.objective, unit)),
             ("lower bound", exact(least, unit)),
             *([] if left is None else [("gap", percent(left))]),
+            *([] if drawn is None else [("random batches", _over(drawn, found, unit))]),
             ("imbalance", imbalance(found)),
             ("balancedness", f"{balanced.mean():.5f} on average, {balanced.min():.5f} at worst"),
         ]
@@ -364,6 +377,15 @@ def evaluate(
             f"{found.violations[0]}. Correct the plan or drop the rule."
         )
         raise typer.Exit(BAD_INPUT)
+
+
+def _over(drawn: Batches, found: Evaluation, unit: str) -> str:
+    """What random batches take, against the price at expected counts."""
+    more = drawn.objective / found.objective - 1 if found.objective > 0 else 0.0
+    return (
+        f"{exact(drawn.objective, unit)}: {percent(more)} above, mean of {drawn.batches} batches' "
+        "slowest ranks"
+    )
 
 
 @app.command(epilog=example("bound instances/small/flashlb-even.json --json"))
