@@ -46,7 +46,7 @@ def per_pass(
 
     Ranks differ in compute as `generate`'s do. A table's ranks are slower all over by it.
     """
-    made = generate(shape, seed, routing=routing)  # type: ignore[arg-type]
+    made = generate(shape, seed, routing=routing)
     tokens = made.loads.aggregate().tokens
     slowness = 1 / made.cluster.speeds
     slots = made.cluster.slots
@@ -55,7 +55,8 @@ def per_pass(
         cluster = Cluster.from_table(found.table.tokens[0], times, slots)
     else:
         assert found.planes is not None
-        cluster = Cluster.from_planes(*found.planes.T, slowness, slots)
+        t, w, c = found.planes.T
+        cluster = Cluster.from_planes(t, w, c, slowness, slots)
     passes = tokens.sum() / tokens.shape[1] / assignments
     return Problem(LoadHistogram(tokens=tokens, passes=passes), cluster, routing=routing)
 
@@ -63,7 +64,7 @@ def per_pass(
 def latency(instances: Path) -> Iterator[dict[str, Any]]:
     """Gap at 1 s under the measured latency of DeepSeek-V3 on H100, against planning by speeds."""
     samples = curve(instances)
-    fits = {name: fit(samples, name) for name in ("planes", "table")}  # type: ignore[arg-type]
+    fits = {"planes": fit(samples, "planes"), "table": fit(samples, "table")}
     cases = [
         *(("A", "planes", "even", n) for n in (512, 2048, 8192, 65_536, 524_288)),
         *(("A", "planes", "weighted", n) for n in (2048, 524_288)),

@@ -228,7 +228,20 @@ def _refutes(  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _search(  # type: ignore[no-untyped-def]
-    loads, base, fluid, base_seconds, knots, caps, fewest, most, even, units, capacity, copies, value, source
+    loads,
+    base,
+    fluid,
+    base_seconds,
+    knots,
+    caps,
+    fewest,
+    most,
+    even,
+    units,
+    capacity,
+    copies,
+    value,
+    source,
 ):
     experts = loads.shape[1]
     spare = fewest[-1] - experts
@@ -308,6 +321,19 @@ def search(
     value = np.empty(loads.shape[0])
     source = np.empty(loads.shape[0], dtype=np.int64)
     _search(
-        loads, base, fluid, base_seconds, knots, caps, fewest, most, even, units, capacity, copies, value, source
+        loads,
+        base,
+        fluid,
+        base_seconds,
+        knots,
+        caps,
+        fewest,
+        most,
+        even,
+        units,
+        capacity,
+        copies,
+        value,
+        source,
     )
     return value, source

@@ -121,17 +121,17 @@ def _text(fits: list[Fit]) -> str:
         rows.append([one.model, *shown])
     last = fits[-1]
     parts = [f"{last.samples.gpu.size} samples of {last.samples.gpus} GPUs\n\n", _columns(rows)]
-    for one in fits:
-        if one.planes is not None and (one is last or len(fits) == 1):
-            shown = [["plane", "startup", "per replica", "per token"]]
-            for k, (t, w, c) in enumerate(one.planes):
-                shown.append([str(k), f"{1e6 * t:.3f} us", f"{1e6 * w:.4f} us", f"{1e6 * c:.5f} us"])
-            parts += ["\n", _columns(shown)]
-    shown = [["GPU", "slowness", "own, 95 %", "group"]]
+    if last.planes is not None:
+        planes = [["plane", "startup", "per replica", "per token"]]
+        for k, (t, w, c) in enumerate((1e6 * last.planes).tolist()):
+            planes.append([str(k), f"{t:.3f} us", f"{w:.4f} us", f"{c:.5f} us"])
+        parts += ["\n", _columns(planes)]
+    gpus = [["GPU", "slowness", "own, 95 %", "group"]]
     for g, name in enumerate(last.samples.names):
         low, high = last.intervals[g]
-        shown.append([printable(name), f"{last.slowness[g]:.4f}", f"{low:.4f} to {high:.4f}", str(last.tied[g])])
-    parts += ["\n", _columns(shown)]
+        slow = f"{last.slowness[g]:.4f}"
+        gpus.append([printable(name), slow, f"{low:.4f} to {high:.4f}", str(last.tied[g])])
+    parts += ["\n", _columns(gpus)]
     samples = last.samples
     for i in last.outliers.tolist():
         parts.append(f"\nOutlier, left out: {_sample(samples, i)}.")

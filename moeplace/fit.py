@@ -199,7 +199,7 @@ def _first_slowness(samples: Samples) -> FloatArray:
         if mine.any():
             many = mine & (samples.tokens >= np.median(samples.tokens[mine]))
             found[gpu] = np.median(ratio[many])
-    return np.exp(found - found.mean())
+    return np.asarray(np.exp(found - found.mean()))
 
 
 def _own_slowness(

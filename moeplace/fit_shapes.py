@@ -63,7 +63,7 @@ def _plane(columns: tuple[bool, bool]) -> Callable[..., FloatArray]:
 def _hinged(
     activated: FloatArray, tokens: FloatArray, seconds: FloatArray, *_: object
 ) -> FloatArray:
-    """t + w A + c n + hinges (n - kappa)+ at quantiles of the tokens, as planes of equal w."""
+    """T + w A + c n + hinges (n - kappa)+ at quantiles of the tokens, as planes of equal w."""
     kappa = np.unique(np.quantile(np.unique(tokens), [0.3, 0.5, 0.65, 0.8, 0.9]))
     hinges = np.maximum(tokens[:, None] - kappa, 0.0)
     features = np.column_stack([np.ones_like(tokens), activated, tokens, hinges])

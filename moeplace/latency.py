@@ -6,11 +6,12 @@ activated replicas (`seconds`), the knots of what a rank takes at the least for 
 at best. Idle ranks take 0.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from moeplace._check import FloatArray, first, ndim, numbers
+from moeplace._check import FloatArray, IntArray, first, ndim, numbers
 from moeplace.errors import ProblemError
 
 #: Tokens [ranks, points], seconds [ranks, points], tokens per second beyond the last [ranks].
@@ -125,6 +126,7 @@ class Table:
 
     tokens: FloatArray
     seconds: FloatArray
+    lifted: IntArray = field(init=False)
 
     def __post_init__(self) -> None:
         axes = ("rank", "point")
@@ -160,7 +162,7 @@ class Table:
     @property
     def ranks(self) -> int:
         """Number of ranks."""
-        return self.tokens.shape[0]
+        return int(self.tokens.shape[0])
 
     @property
     def rate(self) -> FloatArray:
@@ -176,7 +178,7 @@ class Table:
 
         n / f(n) is monotone on each piece: it is largest at a point or without end.
         """
-        return np.maximum((self.tokens / self.seconds).max(axis=1), self.rate)
+        return np.asarray(np.maximum((self.tokens / self.seconds).max(axis=1), self.rate))
 
     def at(self, tokens: FloatArray) -> FloatArray:
         """f_g(n) [..., ranks] for tokens [..., ranks]."""
@@ -188,9 +190,9 @@ class Table:
             found[..., g] = np.where(n > known[-1], beyond, np.interp(n, known, seconds))
         return np.where(tokens > 0, found, 0.0)
 
-    def of(self, ranks: object) -> "Table":
+    def of(self, ranks: Any) -> "Table":
         """The table of some ranks."""
-        return Table(tokens=self.tokens[ranks], seconds=self.seconds[ranks])  # type: ignore[index]
+        return Table(tokens=self.tokens[ranks], seconds=self.seconds[ranks])
 
 
 def tokens_by(knots: Knots, seconds: FloatArray) -> FloatArray:

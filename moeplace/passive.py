@@ -36,7 +36,8 @@ class Passive:
     compute : float
         s per token of a rank of slowness 1.
     slowness : array [ranks]
-        Geometric mean 1, of the ranks that much is known of; equal for ranks that cannot be told apart.
+        Geometric mean 1, of the ranks that much is known of; equal for ranks that cannot be told
+        apart.
     intervals : array [ranks, 2]
         95 % intervals of each rank's own slowness.
     tied : array [ranks]
@@ -57,7 +58,9 @@ class Passive:
     slowest: FloatArray
 
 
-def fit_totals(tokens: FloatArray, seconds: FloatArray, activated: FloatArray | None = None) -> Passive:
+def fit_totals(
+    tokens: FloatArray, seconds: FloatArray, activated: FloatArray | None = None
+) -> Passive:
     """Fit ranks' slowness to totals.
 
     Parameters
@@ -78,8 +81,13 @@ def fit_totals(tokens: FloatArray, seconds: FloatArray, activated: FloatArray | 
 
     tokens = numbers(tokens, "Tokens", ("pass", "rank"), ProblemError)
     seconds = numbers(seconds, "Seconds", ("pass",), ProblemError, strict=True)
-    active = np.zeros(1) if activated is None else activated
-    active = numbers(np.broadcast_to(active, tokens.shape), "Activated", ("pass", "rank"), ProblemError)
+    given = np.zeros(tokens.shape) if activated is None else activated
+    active = numbers(given, "Activated", ("pass", "rank"), ProblemError)
+    if active.shape != tokens.shape:
+        raise ProblemError(
+            f"Activated has the shape {active.shape}, tokens {tokens.shape}: give both for each "
+            "pass and rank."
+        )
     if seconds.size != tokens.shape[0]:
         raise ProblemError(
             f"Tokens are of {tokens.shape[0]} passes, seconds of {seconds.size}: give one total "
@@ -151,7 +159,7 @@ def fit_totals(tokens: FloatArray, seconds: FloatArray, activated: FloatArray | 
 
 
 def _tail(z: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """log Phi(z), and its derivative phi(z) / Phi(z)."""
+    """Log of Phi(z), and its derivative phi(z) / Phi(z)."""
     from scipy.special import log_ndtr
 
     log = log_ndtr(z)

@@ -11,6 +11,8 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -46,11 +48,13 @@ class Samples:
 
     def __post_init__(self) -> None:
         axes = ("sample",)
-        arrays = {"gpu": integers(self.gpu, "GPUs", axes, ProblemError, low=0, high=1 << 20)}
+        arrays: dict[str, Any] = {
+            "gpu": integers(self.gpu, "GPUs", axes, ProblemError, low=0, high=1 << 20)
+        }
         for name in ("activated", "tokens", "seconds"):
             strict = name != "activated"
             array = numbers(getattr(self, name), name.title(), axes, ProblemError, strict=strict)
-            arrays[name] = array  # type: ignore[assignment]
+            arrays[name] = array
         if len({array.size for array in arrays.values()}) > 1:
             raise ProblemError(
                 "Samples need one GPU, activated, tokens and seconds each, got "
@@ -71,7 +75,9 @@ class Samples:
     @classmethod
     def of(cls, entries: Sequence[Entry]) -> "Samples":
         """The samples of profile entries, one GPU each."""
-        rows = [(g, s.activated, s.tokens, s.median) for g, e in enumerate(entries) for s in e.samples]
+        rows = [
+            (g, s.activated, s.tokens, s.median) for g, e in enumerate(entries) for s in e.samples
+        ]
         if not rows:
             raise ProblemError("The profile entries have no samples: calibrate again.")
         gpu, activated, tokens, seconds = (np.array(column) for column in zip(*rows, strict=True))
@@ -104,7 +110,7 @@ class Samples:
                 at = at[np.argsort(self.tokens[at], kind="stable")].tolist()
                 found += [
                     (gpu, i, j)
-                    for i, j in zip(at, at[1:], strict=False)
+                    for i, j in pairwise(at)
                     if self.seconds[j] < self.seconds[i] * (1 - FALL)
                     and self.tokens[j] > self.tokens[i]
                 ]
@@ -145,7 +151,11 @@ def read_samples(path: PathLike) -> Samples:
     activated = rows.get("activated", np.zeros(gpu.size))
     try:
         return Samples(
-            gpu=gpu, activated=activated, tokens=rows["tokens"], seconds=rows["seconds"], names=names
+            gpu=gpu,
+            activated=activated,
+            tokens=rows["tokens"],
+            seconds=rows["seconds"],
+            names=names,
         )
     except ProblemError as error:
         raise FormatError(f"{path}: {error}") from error
@@ -197,7 +207,9 @@ def _rows(path: PathLike, needed: Sequence[str]) -> dict[str, FloatArray]:
             f"{path}: lacks the column {missing[0]!r}: the header must name {', '.join(needed)} "
             f"(and activated, if known), got {', '.join(fields)}."
         )
-    columns: dict[str, list[float]] = {name: [] for name in (*needed, "activated") if name in fields}
+    columns: dict[str, list[float]] = {
+        name: [] for name in (*needed, "activated") if name in fields
+    }
     for number, row in enumerate(reader, start=1):
         for name, values in columns.items():
             given = row.get(name)

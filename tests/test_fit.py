@@ -96,7 +96,9 @@ def test_hinges_are_planes_that_begin_later() -> None:
     s = found.samples
     priced = cluster.seconds(s.tokens[:, None], s.activated[:, None])[:, 0]
     np.testing.assert_allclose(priced, found.seconds(s), rtol=1e-9)
-    assert (np.diff(cluster.seconds(np.arange(100.0)[:, None], np.full((100, 1), 3.0))[:, 0]) >= 0).all()
+    assert (
+        np.diff(cluster.seconds(np.arange(100.0)[:, None], np.full((100, 1), 3.0))[:, 0]) >= 0
+    ).all()
 
 
 # Parameters and GPUs
@@ -314,10 +316,19 @@ def profile(age_days: float = 0.0, gpus: int = 3) -> Profile:
         ]
         entries.append(
             Entry(
-                uuid=f"GPU-{gpu}", host="node", rank=gpu, date=date, label="gpu-measured",
-                phase="prefill", kernel="grouped", dtype="bfloat16", hidden=1, intermediate=1,
-                slots=32, samples=measured,
-            )  # fmt: skip
+                uuid=f"GPU-{gpu}",
+                host="node",
+                rank=gpu,
+                date=date,
+                label="gpu-measured",
+                phase="prefill",
+                kernel="grouped",
+                dtype="bfloat16",
+                hidden=1,
+                intermediate=1,
+                slots=32,
+                samples=measured,
+            )
         )
     return Profile(entries=entries)
 

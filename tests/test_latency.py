@@ -75,7 +75,7 @@ def test_a_table_is_linear_between_points_level_before_and_goes_on_beyond(
 def test_times_that_fall_are_lifted_and_counted() -> None:
     table = Table(tokens=[1, 2, 4, 8], seconds=[[3, 2, 5, 6], [1, 2, 3, 4]])  # type: ignore[arg-type]
     assert table.seconds.tolist() == [[3, 3, 5, 6], [1, 2, 3, 4]]
-    assert table.lifted.tolist() == [1, 0]  # type: ignore[attr-defined]
+    assert table.lifted.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from moeplace._check import IntArray
+from moeplace._check import FloatArray, IntArray
 from moeplace.bounds import layer_floor, lower_bound
 from moeplace.plan import Plan
 from moeplace.problem import Problem
@@ -92,7 +92,7 @@ def _few_replicas(run: "portfolio.Run", pool: ThreadPoolExecutor) -> None:
         run.offer(state.plan(problem))
 
 
-def _needed(problem: Problem, seconds: np.ndarray) -> IntArray:  # type: ignore[type-arg]
+def _needed(problem: Problem, seconds: FloatArray) -> IntArray:
     """Replicas of each layer [layers] if experts have the fewest that end by `seconds` [layers]."""
     tokens, base = problem.mean_load
     holds = problem.cluster.slots > 0

@@ -700,7 +700,8 @@ def all_windows(
 ) -> None:
     """Several windows, one placement: anneal on all; windows that decide move the weights there.
 
-    Under latency planes or tables by the true times, with any number of windows. `allowance` [layers]: copies that each layer may receive.
+    Under latency planes or tables by the true times, with any number of windows. `allowance`
+    [layers]: copies that each layer may receive.
     """
     problem = run.problem
     every: Windows | TrueTimes

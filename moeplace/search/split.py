@@ -10,7 +10,6 @@ from moeplace.plan import Plan, by_rank
 from moeplace.problem import Problem
 from moeplace.search.state import ceiling
 
-
 #: Tangents tried for the shares under latency planes or tables.
 TANGENTS = 6
 
@@ -18,10 +17,11 @@ TANGENTS = 6
 def resplit(problem: Problem, plan: Plan) -> Plan:
     """Shares that minimise every layer's makespan in every window, placement unchanged.
 
-    Exact under linear speeds: a parametric maximum flow finds the least T at which all tokens reach ranks that hold
-    their experts (discrete Newton: each minimum cut names the ranks that are too slow and gives
-    the next T). Where token capacities leave no room, some tokens break them. Under latency
-    planes or tables the same on each rank's tangent, from even shares on, the best of a few.
+    Exact under linear speeds: a parametric maximum flow finds the least T at which all tokens
+    reach ranks that hold their experts (discrete Newton: each minimum cut names the ranks that
+    are too slow and gives the next T). Where token capacities leave no room, some tokens break
+    them. Under latency planes or tables the same on each rank's tangent, from even shares on,
+    the best of a few.
     Shares are per window when the problem has several.
 
     Raises
@@ -75,7 +75,7 @@ def _tangents(problem: Problem, plan: Plan) -> FloatArray:
     best, least = now.copy(), _penalised(problem, priced)
     total = priced.rank_tokens.sum(axis=2, keepdims=True)
     for _ in range(TANGENTS):
-        tokens = np.maximum(priced.rank_tokens, np.where(total > 0, 0.01 / problem.ranks, 1) * total)
+        tokens = np.maximum(priced.rank_tokens, 0.01 * total / problem.ranks)  # none is idle
         tokens = np.where(total > 0, tokens, 1.0)
         active = cluster.activated(np.maximum(_carried(problem, plan, now), 0.0))
         seconds = cluster.seconds(tokens, active)
@@ -97,7 +97,7 @@ def _tangents(problem: Problem, plan: Plan) -> FloatArray:
 def _carried(problem: Problem, plan: Plan, split: FloatArray) -> FloatArray:
     """Tokens of each replica, by rank."""
     held = np.broadcast_to(np.maximum(plan.slots, 0), split.shape)
-    return plan.by_rank(np.take_along_axis(problem.tokens, held, axis=2) * split)
+    return np.asarray(plan.by_rank(np.take_along_axis(problem.tokens, held, axis=2) * split))
 
 
 def _penalised(problem: Problem, priced: Evaluation) -> FloatArray:
