@@ -6,12 +6,14 @@ Start with `Problem`, `solve` and `evaluate`; the command line is ``moeplace --h
 __version__ = "0.1.0"
 
 from moeplace import instances
+from moeplace.affinity import coactivation, gather
 from moeplace.batches import Batches, over_batches
 from moeplace.bounds import Bound, lower_bound, recompute
 from moeplace.compare import compare
 from moeplace.constraints import (
     Forbid,
     MaxMoves,
+    MaxOffNode,
     MaxReplicas,
     NodeGroups,
     Pin,
@@ -19,6 +21,7 @@ from moeplace.constraints import (
     TokenCapacity,
 )
 from moeplace.diagnose import Finding, diagnose
+from moeplace.dispatch import waterfill
 from moeplace.errors import (
     CertificateError,
     FormatError,
@@ -41,6 +44,7 @@ from moeplace.problem import Problem
 from moeplace.result import Limits, Progress, Result, Status
 from moeplace.search.split import resplit
 from moeplace.solve import solve
+from moeplace.topology import rank_plans, trace_traffic, traffic
 
 __all__ = [
     "EMPTY",
@@ -55,6 +59,7 @@ __all__ = [
     "Limits",
     "LoadHistogram",
     "MaxMoves",
+    "MaxOffNode",
     "MaxReplicas",
     "MissingExtraError",
     "MoeplaceError",
@@ -73,19 +78,25 @@ __all__ = [
     "Status",
     "Table",
     "TokenCapacity",
+    "coactivation",
     "compare",
     "diagnose",
     "evaluate",
     "expert_bytes",
+    "gather",
     "instances",
     "lower_bound",
     "over_batches",
+    "rank_plans",
     "read_instance",
     "read_loads",
     "read_plan",
     "recompute",
     "resplit",
     "solve",
+    "trace_traffic",
+    "traffic",
+    "waterfill",
     "write_instance",
     "write_plan",
 ]

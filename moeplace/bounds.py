@@ -644,6 +644,8 @@ def planes(
     """
     cluster, model = problem.cluster, problem.cluster.planes
     assert model is not None
+    if layers.size == 0:
+        return np.zeros(0, dtype=np.bool_)
     t, w, c = model.startup, model.activation, model.compute
     tokens, base = problem.tokens[window, layers], problem.base[window, layers]
     need = tokens.sum(axis=1) * (1 - SLACK)

@@ -45,6 +45,7 @@ from moeplace.compare import (
     notes,
     percent,
     printable,
+    sent,
 )
 from moeplace.compare import compare as beside
 from moeplace.errors import (
@@ -135,6 +136,16 @@ Gap = Annotated[
 ]
 Seed = Annotated[int, typer.Option(metavar="N", help="Seed of the search.")]
 Workers = Annotated[int, typer.Option(metavar="N", help="Threads.")]
+Hidden = Annotated[
+    int | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Hidden size of the model: also tell the bytes that leave rank and node for each "
+        "token, to the experts and back, of 2 bytes a number.",
+        show_default=False,
+    ),
+]
+TopK = Annotated[float, typer.Option(metavar="K", help="Experts of each token, for --hidden.")]
 SumWindows = Annotated[
     bool,
     typer.Option(
@@ -302,6 +313,8 @@ def compare(
     seed: Seed = 0,
     workers: Workers = 1,
     sum_windows: SumWindows = False,
+    hidden: Hidden = None,
+    top_k: TopK = 1,
     as_json: AsJson = False,
 ) -> None:
     """Solve, and price every policy beside our plan."""
@@ -316,7 +329,8 @@ def compare(
             workers=workers,
             progress=progress,
         )
-    _report(given, result, tuple(POLICIES), as_json=as_json)
+    sends = None if hidden is None else (hidden, top_k)
+    _report(given, result, tuple(POLICIES), as_json=as_json, sends=sends)
 
 
 @app.command(epilog=example("evaluate instances/small/flashlb-even.json plan.json"))
@@ -336,6 +350,8 @@ def evaluate(
         ),
     ] = 0,
     sum_windows: SumWindows = False,
+    hidden: Hidden = None,
+    top_k: TopK = 1,
     as_json: AsJson = False,
 ) -> None:
     """Price a plan. A plan that breaks a rule of the problem is priced too, and ends with 2."""
@@ -355,6 +371,8 @@ def evaluate(
         }
         if drawn is not None:
             answer["batches"] = {"count": batches, "objective": drawn.objective}
+        if hidden is not None:
+            answer["traffic"] = _traffic([row], (hidden, top_k))["plan"]
         write_json(answer)
     else:
         balanced = found.balancedness
@@ -369,6 +387,10 @@ def evaluate(
             ("imbalance", imbalance(found)),
             ("balancedness", f"{balanced.mean():.5f} on average, {balanced.min():.5f} at worst"),
         ]
+        if hidden is not None:
+            ((_, off_rank, off_node),) = sent([row], hidden, top_k)
+            said = f"{off_rank:,.0f} bytes leave their rank, {off_node:,.0f} their node"
+            words.append(("each token", said))
         broken = [f"breaks a rule: {each}" for each in found.violations]
         write("\n".join([*aligned(words), *broken]) + "\n")
     if not found.legal:
@@ -854,12 +876,19 @@ def _report(
     *,
     as_json: bool = False,
     quiet: bool = False,
+    sends: tuple[int, float] | None = None,
 ) -> None:
     """Print a result with its comparison; exit with the code of its status."""
     code = _EXITS.get(result.status, OK)
     if as_json or not quiet:
         rows = beside(result.problem, result, methods)
-        write_json(_solved(given, result, rows)) if as_json else _show(given, result, rows)
+        if as_json:
+            more = {} if sends is None else {"traffic": _traffic(rows, sends)}
+            write_json(_solved(given, result, rows) | more)
+        else:
+            _show(given, result, rows)
+            if sends is not None:
+                write("\n" + "\n".join(_sent(rows, sends)) + "\n")
     if code in (INFEASIBLE, NONE_IN_TIME):
         reason = result.reason or "no plan was found within the limits. Give more time."
         _error(f"{result.status}: {reason}")
@@ -924,6 +953,21 @@ def _method(row: Row) -> dict[str, Any]:
         "violations": None if found is None else len(found.violations),
         "reason": row.reason,
     }
+
+
+def _traffic(rows: list[Row], sends: tuple[int, float]) -> dict[str, dict[str, float]]:
+    """By method: bytes that leave rank and node for each token."""
+    return {
+        label: {"off_rank_bytes_per_token": rank, "off_node_bytes_per_token": node}
+        for label, rank, node in sent(rows, *sends)
+    }
+
+
+def _sent(rows: list[Row], sends: tuple[int, float]) -> list[str]:
+    """The same as a table in text."""
+    found = [(label, f"{rank:,.0f}", f"{node:,.0f}") for label, rank, node in sent(rows, *sends)]
+    head = ("bytes for each token", "off rank", "off node")
+    return [f"{label:<28}{rank:>16}{node:>16}" for label, rank, node in (head, *found)]
 
 
 def _imbalance(found: Evaluation | None) -> dict[str, float] | None:

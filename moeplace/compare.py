@@ -14,6 +14,7 @@ from moeplace.policies.vibe import vibe_assignment
 from moeplace.problem import Problem
 from moeplace.result import Result
 from moeplace.search.split import at_best_shares
+from moeplace.topology import traffic
 
 #: What `compare` prices unless told otherwise: what engines start with, the published balancers
 #: and the fair rival.
@@ -140,6 +141,17 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
         moves = "n/a" if row.moves is None else f"{row.moves:,}"
         table.append((label, time, *map(_ratio, ratios), moves))
     return table
+
+
+def sent(rows: Sequence[Row], hidden: int, top_k: float) -> list[tuple[str, float, float]]:
+    """Label of each priced row, and the bytes that leave rank and node for each token."""
+    found = []
+    for row in rows:
+        if row.evaluation is not None:
+            problem, plan = row.evaluation.problem, row.evaluation.plan
+            rank, node = traffic(problem, plan, top_k).bytes_per_token(hidden)
+            found.append((row.label, rank, node))
+    return found
 
 
 def notes(problem: Problem, rows: Sequence[Row]) -> list[str]:

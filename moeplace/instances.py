@@ -15,6 +15,7 @@ from moeplace.constraints import (
     Constraint,
     Forbid,
     MaxMoves,
+    MaxOffNode,
     MaxReplicas,
     NodeGroups,
     Pin,
@@ -106,6 +107,10 @@ class _ReplicaBudget(_Rule, tag="replica-budget"):
     total: int
 
 
+class _MaxOffNode(_Rule, tag="max-off-node"):
+    fraction: float
+
+
 class InstanceFile(msgspec.Struct, forbid_unknown_fields=True):
     """Our JSON, field by field; `instances/README.md` describes it."""
 
@@ -119,7 +124,14 @@ class InstanceFile(msgspec.Struct, forbid_unknown_fields=True):
     routing: Routing = "even"
     objective: Objective = "mean"
     constraints: list[
-        _Pin | _Forbid | _MaxMoves | _NodeGroups | _TokenCapacity | _MaxReplicas | _ReplicaBudget
+        _Pin
+        | _Forbid
+        | _MaxMoves
+        | _NodeGroups
+        | _TokenCapacity
+        | _MaxReplicas
+        | _ReplicaBudget
+        | _MaxOffNode
     ] = []
     base_load: msgspec.Raw = msgspec.Raw(b"null")
     layer_weight: list[float] | None = None
@@ -258,7 +270,7 @@ def _constraint(rule: _Rule, file: InstanceFile) -> Constraint:
         return MaxMoves(current, per_layer=rule.per_layer, total=rule.total)
     kinds: dict[type[_Rule], type[Constraint]]
     kinds = {_Pin: Pin, _Forbid: Forbid, _NodeGroups: NodeGroups, _MaxReplicas: MaxReplicas}
-    kinds |= {_TokenCapacity: TokenCapacity, _ReplicaBudget: ReplicaBudget}
+    kinds |= {_TokenCapacity: TokenCapacity, _ReplicaBudget: ReplicaBudget, _MaxOffNode: MaxOffNode}
     return kinds[type(rule)](**msgspec.structs.asdict(rule))
 
 
@@ -284,6 +296,8 @@ def _rule(constraint: Constraint) -> dict[str, Any]:
         return {"type": "max-replicas", "limit": np.asarray(constraint.limit).tolist()}
     if isinstance(constraint, ReplicaBudget):
         return {"type": "replica-budget", "total": int(constraint.total)}
+    if isinstance(constraint, MaxOffNode):
+        return {"type": "max-off-node", "fraction": float(constraint.fraction)}
     assert_never(constraint)
 
 
@@ -315,7 +329,8 @@ def generate(
         "equal": all 1. "het": N(1, 0.05) clipped to 0.85 .. 1.15, and one random rank at 0.85.
         A float s >= 0: evenly spaced from v to (1 + s) v with mean 1, so that max / min - 1
         is s, and shuffled; 0 is equal. An array: measured relative speeds, in rank order.
-    routing : {"even", "weighted"}
+    routing : str
+        As in `Problem`.
 
     Returns
     -------

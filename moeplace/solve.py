@@ -133,6 +133,7 @@ def solve(
         problem.windows > 1,
         start is not None or problem.max_moves is not None,
         problem.node_groups is not None,
+        "even" if problem.routing == "weighted" else problem.routing,
         problem.cluster.nonlinear,
     )
     if method in EXACT:

@@ -238,7 +238,7 @@ FORMAT_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown phase": (loads([[[1]]], phase="warm"), r"phase must be one of 'prefill', 'decode'"),
     "unknown routing": (
         {"routing": "evn"},
-        r"routing must be one of 'even', 'weighted', got \"evn",
+        r"routing must be one of 'even', 'weighted', .*, got \"evn",
     ),
     "unknown unit": (
         cluster(speed_unit="m/s"),

@@ -192,6 +192,8 @@ class Exact:
     def _whole(self) -> None:
         """All layers in one model."""
         run, problem = self.run, self.problem
+        if self.left() == 0.0:
+            return
         cut = np.full(run.bound.per_layer.shape, np.inf)
         if run.best is not None and not self.cold:
             cut = cutoffs(problem, run.bound.per_layer, run.best, alone=False)
@@ -309,7 +311,7 @@ class Exact:
                 )
             self.infeasible = True
             return
-        value = answer.bound * model.unit
+        value = float(answer.bound * model.unit)
         if not np.isfinite(value):
             return
         if weight is None and run.best is not None:

@@ -2,6 +2,7 @@
 
 1. The planners for linear speeds solve the problem with each rank's tokens per second next to
    the makespan that is aimed at (`latency.linear`), rules and all.
+   Under an engine's own dispatch rule, or a limit on traffic off nodes, this is all.
 2. Without rules over placements, layers are also constructed with as many replicas as the
    makespan needs at the least, and with a few more: in decode an activated replica costs more
    than the tokens that it takes over.
@@ -38,16 +39,22 @@ def by_true_times(run: "portfolio.Run", start: Plan | None, pool: ThreadPoolExec
     _by_speeds(run, start)
     if run.best is not None and not run.open.any():
         return
-    if problem.max_moves is None and problem.node_groups is None:
+    if problem.max_moves is None and problem.node_groups is None and not _unknown(problem):
         _few_replicas(run, pool)
-    if run.kept is None:
+    if run.kept is None or _unknown(problem):
         return
     kept = run.kept.plan
     state = _state(run, kept)
     try:
-        portfolio.all_windows(run, state, pool, _allowance(run, kept))
+        layers = np.arange(problem.layers)
+        portfolio.all_windows(run, state, pool, layers, allowance=_allowance(run, kept))
     finally:
         run.offer(state.plan(problem))
+
+
+def _unknown(problem: Problem) -> bool:
+    """Whether the search by true times does not know the engine's rule, or traffic off nodes."""
+    return problem.routing not in ("even", "weighted") or problem.max_off_node is not None
 
 
 def _by_speeds(run: "portfolio.Run", start: Plan | None) -> None:

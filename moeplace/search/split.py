@@ -27,14 +27,14 @@ def resplit(problem: Problem, plan: Plan) -> Plan:
     Raises
     ------
     ProblemError
-        If the routing is even: the engine would ignore shares.
+        If the routing is not weighted: the engine would ignore shares.
     PlanError
         If the plan does not fit the problem.
     """
-    if problem.routing == "even":
+    if problem.routing != "weighted":
         raise ProblemError(
-            "Shares cannot be chosen under even routing: the engine shares evenly. "
-            'Set routing="weighted" if it can follow shares.'
+            f"Shares cannot be chosen under {problem.routing} routing: the engine shares by its "
+            'own rule. Set routing="weighted" if it can follow shares.'
         )
     check_fits(problem, plan)
     if problem.cluster.nonlinear:

@@ -129,7 +129,7 @@ one = mp.Problem(
     constraints=[{rule if rule != "planes" else ""}],
     routing={"weighted" if weighted else "even"!r}, objective="cvar",
 )
-rehearse({weighted}, {several}, {near}, False, {rule == "planes"})
+rehearse({weighted}, {several}, {near}, False, nonlinear={rule == "planes"})
 before = kernels()
 found = mp.solve(one, work_limit=200_000, gap=0.0)
 assert found.evaluation is not None, found.reason

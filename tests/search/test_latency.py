@@ -143,3 +143,11 @@ def test_a_linear_stand_in_measures_ranks_next_to_a_common_makespan() -> None:
     true: FloatArray = real(64).cluster.speeds
     assert spread[0] == pytest.approx(np.ptp(true) / true.mean(), rel=0.3)
     assert not prefill.cluster.nonlinear
+
+
+@pytest.mark.parametrize("routing", ["sglang-static", "ascend", "sglang-lp"])
+def test_under_an_engines_own_rule_the_best_plan_by_speeds_is_priced_truly(routing: str) -> None:
+    one = real(4096, layers=2, routing=routing)
+    found = mp.solve(one, work_limit=50_000)
+    assert found.evaluation is not None
+    assert found.lower_bound <= found.objective == evaluate(one, found.plan).objective
