@@ -672,7 +672,9 @@ def planes(
         runs = np.full(at.shape, np.inf)
         for k in range(t.size):
             allowed = (time - t[k] - w[k] * at) * rate
-            each = allowed / c[k] if c[k] > 0 else np.where(allowed >= 0, np.inf, -np.inf)
+            # where activations just fit, rounding must not make it look as if they did not
+            fits = allowed >= -1e-9 * time * rate
+            each = allowed / c[k] if c[k] > 0 else np.where(fits, np.inf, -np.inf)
             runs = np.minimum(runs, each)
         runs = runs - base[:, :, None]
     idle = (runs[:, :, :1] < 0) | (caps == 0)

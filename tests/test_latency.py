@@ -183,6 +183,14 @@ def test_no_bound_is_above_the_true_optimum_and_all_are_recomputed(one: Problem)
         assert Exhaustive(one, window, 0).refutes(value * (1 + 1e-9)) in (True, False)
 
 
+@pytest.mark.parametrize("tokens", [1e-5, 0.3, 1.0, 2.0, 3.0])
+def test_a_plane_without_compute_does_not_round_the_bound_up(tokens: float) -> None:
+    cluster = Cluster.from_planes([0.0, 0.0], [0.0, 3.0], [1.0, 0.0], [0.7], [1])
+    loads = mp.LoadHistogram(tokens=[[[tokens]]], passes=[1.0])  # type: ignore[arg-type]
+    bound = lower_bound(Problem(loads, cluster)).total
+    assert bound == pytest.approx(-3 * np.expm1(-tokens), rel=1e-9)
+
+
 @given(with_table("even"))
 def test_the_search_reaches_the_optimum_of_tiny_tables_and_proves_what_it_says(
     one: Problem,
