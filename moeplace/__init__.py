@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 from moeplace import instances
 from moeplace.affinity import coactivation, gather
+from moeplace.batches import Batches, over_batches
 from moeplace.bounds import Bound, lower_bound, recompute
 from moeplace.compare import compare
 from moeplace.constraints import (
@@ -35,8 +36,9 @@ from moeplace.errors import (
 from moeplace.evaluate import Evaluation, evaluate
 from moeplace.expert_bytes import expert_bytes
 from moeplace.formats import read_loads, read_plan, write_plan
-from moeplace.hardware import Cluster, Planes
+from moeplace.hardware import Cluster
 from moeplace.instances import read_instance, write_instance
+from moeplace.latency import Planes, Table
 from moeplace.loads import LoadHistogram
 from moeplace.migrate import migrate, relabel
 from moeplace.plan import EMPTY, Plan
@@ -52,6 +54,7 @@ from moeplace.whatif import whatif
 
 __all__ = [
     "EMPTY",
+    "Batches",
     "Bound",
     "CertificateError",
     "Cluster",
@@ -86,6 +89,7 @@ __all__ = [
     "Result",
     "SolverError",
     "Status",
+    "Table",
     "TokenCapacity",
     "coactivation",
     "compare",
@@ -96,6 +100,7 @@ __all__ = [
     "instances",
     "lower_bound",
     "migrate",
+    "over_batches",
     "payback",
     "propose",
     "rank_plans",

@@ -22,6 +22,7 @@ import numpy as np
 from moeplace import bench_live
 from moeplace._check import IntArray
 from moeplace.affinity import coactivation, gather
+from moeplace.bench_latency import decode_prefill, latency
 from moeplace.bounds import lower_bound
 from moeplace.constraints import MaxMoves, MaxOffNode, NodeGroups
 from moeplace.dispatch import FIXED, sources
@@ -526,6 +527,8 @@ SUITES: dict[str, Callable[[Path], Iterator[Row]]] = {
     "held-out": held_out,
     "few-spares": few_spares,
     "node-groups": node_groups,
+    "latency": latency,
+    "decode-prefill": decode_prefill,
     "drift": bench_live.drift,
     "drift-real": bench_live.drift_real,
     "moves": bench_live.moves,

@@ -28,6 +28,7 @@ from rich.text import Text
 
 from moeplace import __version__
 from moeplace._files import check_output, write_text
+from moeplace.batches import Batches, over_batches
 from moeplace.bounds import Bound, lower_bound, recompute
 from moeplace.certificate import write_certificate
 from moeplace.compare import (
@@ -217,6 +218,14 @@ def solve(
         ),
     ] = None,
     profile: ProfileFile = None,
+    latency: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="What a profile is fitted by: speed (relative, where tokens are many), plane, "
+            "hinges, planes or table (in seconds; the loads need passes).",
+        ),
+    ] = "speed",
     certificate: Annotated[
         str | None,
         typer.Option(
@@ -253,7 +262,7 @@ def solve(
         check_output(out, inputs)
     if start is not None and method in POLICIES:
         raise ProblemError(f"Method {method} cannot start from a plan: drop --start or use auto.")
-    given = read_given(instance, sum_windows, profile)
+    given = read_given(instance, sum_windows, profile, latency)
     old = (
         None
         if start is None
@@ -336,6 +345,14 @@ def evaluate(
     ],
     plan_format: PlanFormat = "moeplace",
     first_moe_layer: FirstMoeLayer = None,
+    batches: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Price it over so many random forward passes of each window, too; the loads need "
+            "passes.",
+        ),
+    ] = 0,
     sum_windows: SumWindows = False,
     hidden: Hidden = None,
     top_k: TopK = 1,
@@ -351,10 +368,13 @@ def evaluate(
     left = float(gap(found.objective, least)) if found.legal else None
     status = "illegal" if left is None else "optimal" if left <= OPTIMAL_GAP else "feasible"
     row = Row(method="plan", evaluation=found)
+    drawn = over_batches(problem, found.plan, batches) if batches else None
     if as_json:
         answer = _answer(given, status, found, least, left, [row]) | {
             "violations": list(found.violations)
         }
+        if drawn is not None:
+            answer["batches"] = {"count": batches, "objective": drawn.objective}
         if hidden is not None:
             answer["traffic"] = _traffic([row], (hidden, top_k))["plan"]
         write_json(answer)
@@ -367,6 +387,7 @@ def evaluate(
             ("step time", exact(found.objective, unit)),
             ("lower bound", exact(least, unit)),
             *([] if left is None else [("gap", percent(left))]),
+            *([] if drawn is None else [("random batches", _over(drawn, found, unit))]),
             ("imbalance", imbalance(found)),
             ("balancedness", f"{balanced.mean():.5f} on average, {balanced.min():.5f} at worst"),
         ]
@@ -382,6 +403,15 @@ def evaluate(
             f"{found.violations[0]}. Correct the plan or drop the rule."
         )
         raise typer.Exit(BAD_INPUT)
+
+
+def _over(drawn: Batches, found: Evaluation, unit: str) -> str:
+    """What random batches take, against the price at expected counts."""
+    more = drawn.objective / found.objective - 1 if found.objective > 0 else 0.0
+    return (
+        f"{exact(drawn.objective, unit)}: {percent(more)} above, mean of {drawn.batches} batches' "
+        "slowest ranks"
+    )
 
 
 @app.command(epilog=example("bound instances/small/flashlb-even.json --json"))
@@ -779,11 +809,13 @@ class _Given:
     words: list[tuple[str, str]] = field(default_factory=list)
 
 
-def read_given(instance: str, sum_windows: bool, profile: str | None = None) -> _Given:
+def read_given(
+    instance: str, sum_windows: bool, profile: str | None = None, latency: str = "speed"
+) -> _Given:
     """Read the problem that a command is about, and the words for it."""
     problem = _generated(instance) if instance.startswith("generate:") else read_instance(instance)
     if profile is not None:
-        problem = replace(problem, cluster=_profiled(problem.cluster, profile))
+        problem = replace(problem, cluster=_profiled(problem.cluster, profile, latency))
     summed = []
     if sum_windows:
         summed = [("summed", f"{problem.windows:,} windows into one, which understates their time")]
@@ -791,8 +823,11 @@ def read_given(instance: str, sum_windows: bool, profile: str | None = None) -> 
     return _Given(problem, instance, [*described(problem), *summed])
 
 
-def _profiled(cluster: Cluster, path: str) -> Cluster:
-    """The cluster with the speeds of a profile; equal ones, and a warning, if it is not usable."""
+def _profiled(cluster: Cluster, path: str, latency: str) -> Cluster:
+    """The cluster with the times of a profile; equal speeds, and a warning, if it is not usable.
+
+    By the latency "speed" relative speeds where tokens are many, else a fitted model, in seconds.
+    """
     profile = read_profile(path)
     devices = measured_devices(profile)
     if devices and len(devices) != cluster.ranks:
@@ -800,9 +835,11 @@ def _profiled(cluster: Cluster, path: str) -> Cluster:
             f"{path}: holds {len(devices)} ranks but the instance has {cluster.ranks}: calibrate "
             "on as many ranks."
         )
+    if devices and latency != "speed":
+        return Cluster.from_profile(profile, cluster.slots, cluster.nodes, model=latency)
     entries = match(profile, devices).entries if devices else None
     speeds = np.ones(cluster.ranks) if entries is None else relative_speeds(entries)
-    return replace(cluster, speeds=speeds, speed_unit="relative")
+    return replace(cluster, speeds=speeds, speed_unit="relative", planes=None, table=None)
 
 
 def read_of_instance(
@@ -1071,9 +1108,9 @@ def _reading() -> Iterator[Callable[[int, int], None] | None]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line (by default `sys.argv`) and exit with its code."""
-    from moeplace import cli_migrate, cli_replay, cli_watch, cli_whatif  # they import this one
+    from moeplace import cli_fit, cli_migrate, cli_replay, cli_watch, cli_whatif  # they import this
 
-    for module in (cli_replay, cli_migrate, cli_watch, cli_whatif):
+    for module in (cli_fit, cli_replay, cli_migrate, cli_watch, cli_whatif):
         module.add_commands(app)
     for stream in (sys.stdout, sys.stderr):  # what the terminal cannot show is escaped
         reconfigure = getattr(stream, "reconfigure", None)

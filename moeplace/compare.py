@@ -210,11 +210,19 @@ def described(problem: Problem) -> list[tuple[str, str]]:
     over = f"{problem.objective} over {problem.windows:,} windows of the "
     unit = "forward pass" if problem.loads.passes is not None else "window"
     named = [("instance", printable(problem.name))] if problem.name else []
+    cluster, model = problem.cluster, []
+    if cluster.planes is not None:
+        count = _count(cluster.planes.startup.size, "plane")
+        model = [("latency", f"{count} in (replicas, tokens)")]
+    elif cluster.table is not None:
+        count = _count(cluster.table.tokens.shape[1], "point")
+        model = [("latency", f"table of {count}")]
     rules = [("constraints", str(len(problem.constraints)))] if problem.constraints else []
     return [
         *named,
         ("shapes", shapes(problem)),
         ("speeds", f"{problem.cluster.speed_unit}, {speeds}"),
+        *model,
         ("routing", problem.routing),
         *rules,
         ("objective", f"{over if problem.windows > 1 else ''}step time per {unit}"),

@@ -157,8 +157,8 @@ def _token_balancing(problem: Problem, plan: Plan) -> FloatArray:
     flow(
         problem.tokens,
         frozen(np.zeros(problem.base.shape)),
-        frozen(np.ones(problem.ranks)),
-        frozen(np.full(problem.ranks, np.inf)),
+        frozen(np.ones(problem.base.shape)),
+        frozen(np.full(problem.base.shape, np.inf)),
         begin,
         plan.slots,
         split,

@@ -23,7 +23,8 @@ from moeplace.constraints import (
     TokenCapacity,
 )
 from moeplace.errors import PlanError, ProblemError
-from moeplace.hardware import Cluster, Planes, SpeedUnit
+from moeplace.hardware import Cluster, SpeedUnit
+from moeplace.latency import Planes, Table
 from moeplace.loads import LoadHistogram, Phase
 from moeplace.plan import EMPTY, Plan
 from moeplace.problem import Objective, Problem, Routing
@@ -55,12 +56,18 @@ class _Planes(msgspec.Struct, forbid_unknown_fields=True):
     compute: list[float]
 
 
+class _Table(msgspec.Struct, forbid_unknown_fields=True):
+    tokens: list[list[float]]
+    seconds: list[list[float]]
+
+
 class _Cluster(msgspec.Struct, forbid_unknown_fields=True):
-    speeds: list[float]
     slots: list[_Int]
+    speeds: list[float] | None = None
     nodes: list[_Int] | None = None
     speed_unit: SpeedUnit = "tokens/s"
     planes: _Planes | None = None
+    table: _Table | None = None
 
 
 class _Rule(msgspec.Struct, forbid_unknown_fields=True, tag_field="type"):
@@ -159,10 +166,16 @@ def from_file(path: PathLike, file: "InstanceFile", root: str = "$") -> Problem:
         if isinstance(rule, _MaxMoves):
             check_full(path, rule.current, f"{root}.constraints[{i}].current", 2)
     loads, cluster = msgspec.structs.asdict(file.loads), msgspec.structs.asdict(file.cluster)
-    planes = cluster.pop("planes")
+    planes, table = cluster.pop("planes"), cluster.pop("table")
     try:
         if planes is not None:
             cluster["planes"] = Planes(**msgspec.structs.asdict(planes))
+        if table is not None:
+            cluster["table"] = Table(**msgspec.structs.asdict(table))
+            if cluster["speeds"] is None:
+                cluster["speeds"] = cluster["table"].speeds
+        elif cluster["speeds"] is None:
+            raise ProblemError("Cluster has no speeds: give one for each rank, or a table.")
         problem = Problem(
             LoadHistogram(**loads),
             Cluster(**cluster),
@@ -218,6 +231,11 @@ def as_file(problem: Problem, notes: str = "") -> dict[str, Any]:
         file["cluster"]["planes"] = {
             name: plain(getattr(cluster.planes, name))
             for name in ("startup", "activation", "compute")
+        }
+    if cluster.table is not None:
+        file["cluster"]["table"] = {
+            "tokens": plain(cluster.table.tokens),
+            "seconds": plain(cluster.table.seconds),
         }
     if problem.objective == "cvar":
         file["cvar_alpha"] = float(problem.cvar_alpha)

@@ -151,10 +151,10 @@ class Problem:
             raise ProblemError(
                 f"The CVaR alpha must be a number from 0 up to, but not, 1, got {alpha!r}."
             )
-        if self.cluster.planes is not None and self.loads.passes is None:
+        if self.cluster.nonlinear and self.loads.passes is None:
             raise ProblemError(
-                "Latency planes need tokens per forward pass: give the loads `passes`, the "
-                "number of forward passes in each window."
+                "Latency planes and tables need tokens per forward pass: give the loads `passes`, "
+                "the number of forward passes in each window."
             )
         for rule in _ONCE:
             if sum(isinstance(constraint, rule) for constraint in constraints) > 1:
@@ -324,7 +324,7 @@ class Problem:
         for key in (*map(str.encode, choices), *rules):
             state.update(key + b"\0")
         cluster = self.cluster
-        planes = cluster.planes
+        planes, table = cluster.planes, cluster.table
         for array in (
             self.tokens,
             self.base,
@@ -334,6 +334,7 @@ class Problem:
             cluster.slots,
             cluster.nodes,
             *(() if planes is None else (planes.startup, planes.activation, planes.compute)),
+            *(() if table is None else (table.tokens, table.seconds)),
         ):
             assert array is not None
             state.update(repr((array.dtype.str, array.shape)).encode())

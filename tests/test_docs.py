@@ -22,7 +22,10 @@ def commands(page: Path) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines if line.startswith("moeplace ")]
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.stem)
+TYPED = [*PAGES, ROOT / "README.md", ROOT / "docs/hardware.md"]
+
+
+@pytest.mark.parametrize("page", TYPED, ids=lambda page: page.stem)
 def test_commands_and_formats_exist(run: Run, page: Path) -> None:
     for _, command, *arguments in commands(page):
         known = run(command, "--help").out

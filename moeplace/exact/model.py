@@ -251,6 +251,15 @@ class _Builder:
         return rows
 
 
+def refuse_table(problem: Problem) -> None:
+    """Raise ProblemError if latency is a table: its times need not be convex, rows are."""
+    if problem.cluster.table is not None:
+        raise ProblemError(
+            "Exact methods cannot hold a latency table, whose times need not be convex. Use method "
+            "auto, or fit planes to the times (moeplace fit)."
+        )
+
+
 def build(
     problem: Problem,
     layers: Sequence[int],
@@ -288,6 +297,7 @@ def build(
     ProblemError
         If the formulation does not know the routing or a rule.
     """
+    refuse_table(problem)
     unknown = None
     if problem.routing not in ("even", "weighted"):
         unknown = f"{problem.routing} routing"

@@ -23,6 +23,7 @@ from moeplace.dispatch import FIXED
 from moeplace.errors import PlanError, PolicyNotApplicable
 from moeplace.evaluate import Evaluation, evaluate
 from moeplace.hardware import Cluster
+from moeplace.latency import Planes
 from moeplace.loads import LoadHistogram
 from moeplace.nodes_bound import share_groups
 from moeplace.plan import EMPTY, Plan
@@ -34,6 +35,7 @@ from moeplace.search.budget import allot, points
 from moeplace.search.construct import adopt, construct
 from moeplace.search.groups import grouped
 from moeplace.search.improve import improve
+from moeplace.search.latency import TrueTimes
 from moeplace.search.moves import Moves
 from moeplace.search.nodes import assign
 from moeplace.search.polish import Polish
@@ -56,6 +58,8 @@ STRIDE = 400_000
 #: the cost (what one exchange changes shrinks with the number of slots); few slots have few ways
 #: around a bad place, so their first threshold is at least the third number over their square.
 ROUNDS, HEAT, FEW_HEAT = 20, 0.18, 7.0
+#: The first threshold under latency planes or tables: this over the slots of a rank.
+TRUE_HEAT = 0.1
 #: The same threshold under a fixed dispatch rule, and search steps that a trial there counts as.
 RULED_HEAT, RULED_STEPS = 0.6, 8
 #: Share of time and work that a problem of several windows spends on the mean load.
@@ -111,8 +115,8 @@ class Run:
 
     @cached_property
     def targets(self) -> FloatArray:
-        """Bound [layers] on the makespan of the mean load by speeds, on which the search works."""
-        if self.problem.windows == 1 and self.problem.cluster.planes is None:
+        """Bound [layers] on the makespan of the mean load, on which the search works."""
+        if self.problem.windows == 1:
             return np.asarray(self.bound.per_layer[0])
         return mean_bound(self.problem)
 
@@ -245,7 +249,12 @@ class Run:
 
 @cache
 def rehearse(
-    weighted: bool, several: bool, near: bool, grouped: bool, rule: Routing = "even"
+    weighted: bool,
+    several: bool,
+    near: bool,
+    grouped: bool,
+    rule: Routing = "even",
+    nonlinear: bool = False,
 ) -> None:
     """Solve a tiny problem of this kind: loads kernels, and compiles them after installation.
 
@@ -263,6 +272,8 @@ def rehearse(
         `NodeGroups`.
     rule : str
         The routing, unless it is weighted.
+    nonlinear : bool
+        Latency planes or a table.
     """
     tokens = np.array([[9.0, 7, 5, 3, 1], [1, 3, 5, 7, 9]])[: 1 + several, None]
     cluster = Cluster(speeds=np.array([1, 0.9, 1.1]), slots=np.full(3, 2), nodes=np.arange(3))
@@ -270,8 +281,11 @@ def rehearse(
     rules: list[Constraint] = [TokenCapacity(100.0)]  # not tight: what it needs besides is run
     rules += [MaxMoves(current, per_layer=2)] if near else []
     rules += [NodeGroups(np.array([0, 0, 1, 1, 2]))] if grouped else []
+    if nonlinear:
+        planes = Planes(startup=[1.0], activation=[1.0], compute=[1.0])  # type: ignore[arg-type]
+        cluster = replace(cluster, planes=planes)
     problem = Problem(
-        LoadHistogram(tokens=tokens),
+        LoadHistogram(tokens=tokens, passes=np.ones(1 + several)),
         cluster,
         routing="weighted" if weighted else rule,
         constraints=rules,
@@ -280,7 +294,7 @@ def rehearse(
     run = Run(problem, lower_bound(problem), limits, time.perf_counter(), 0, 1, None)
     search(run, None)
     if near:  # a start plan is left where it does not do
-        rehearse(weighted, several, False, grouped, rule)
+        rehearse(weighted, several, False, grouped, rule, nonlinear)
 
 
 def search(run: Run, start: Plan | None) -> None:
@@ -290,12 +304,16 @@ def search(run: Run, start: Plan | None) -> None:
         run.from_start = True
     with ThreadPoolExecutor(run.workers) as pool:
         if run.problem.replica_budget is not None:
-            if _pours(run.problem):
+            if _pours(run.problem) and not run.problem.cluster.nonlinear:
                 _pour(run)
                 if run.best is not None and not run.open.any():
                     return
             _share_replicas(run)
-        if run.problem.max_moves is not None:
+        if run.problem.cluster.nonlinear:
+            from moeplace.search.nonlinear import by_true_times  # imports this module
+
+            by_true_times(run, start, pool)
+        elif run.problem.max_moves is not None:
             _few_moves(run, run.problem.max_moves.current, run.problem.max_moves.allowance(), pool)
         else:
             _afresh(run, start, pool)
@@ -358,7 +376,7 @@ def _afresh(run: Run, start: Plan | None, pool: ThreadPoolExecutor) -> None:
             run.offer(state.plan(problem))
             if run.quota is not None:
                 adopt(state, run.kept.plan, _affordable(state, run.kept.plan))
-            _all_windows(run, state, pool, np.arange(problem.layers))
+            all_windows(run, state, pool, np.arange(problem.layers))
         elif fixed:
             run.offer(state.plan(problem))
             _under_rule(run, state, pool)
@@ -430,6 +448,18 @@ def _bar_nodes(problem: Problem, state: State, node_of: IntArray) -> None:
     groups = problem.node_groups.of(problem.experts)
     elsewhere = node_of[:, None, groups] != problem.cluster.nodes[None, :, None]
     state.on[:, :, : problem.experts] |= np.where(elsewhere, BARRED, 0).astype(np.uint8)
+
+
+def stay_on_nodes(problem: Problem, state: State, current: Plan) -> None:
+    """Keep each expert group on the node where a plan has it."""
+    assert problem.node_groups is not None
+    assert problem.cluster.nodes is not None
+    groups = problem.node_groups.of(problem.experts)
+    node = problem.cluster.nodes[current.rank_of_slot]
+    node_of = np.zeros((problem.layers, int(groups.max()) + 1), dtype=np.int64)
+    layer, slot = np.nonzero(current.slots >= 0)
+    node_of[layer, groups[current.slots[layer, slot]]] = node[slot]
+    _bar_nodes(problem, state, node_of)
 
 
 def _take_better(state: State, plan: Plan) -> None:
@@ -583,14 +613,8 @@ def _few_moves(run: Run, current: Plan, allowance: IntArray, pool: ThreadPoolExe
         run.offer(current.with_split(None))
     rules = problem.max_moves
     state = _holding(run, current)
-    if problem.node_groups is not None:  # groups stay on the nodes where they are
-        groups = problem.node_groups.of(problem.experts)
-        assert problem.cluster.nodes is not None
-        node = problem.cluster.nodes[current.rank_of_slot]
-        node_of = np.zeros((problem.layers, int(groups.max()) + 1), dtype=np.int64)
-        layer, slot = np.nonzero(current.slots >= 0)
-        node_of[layer, groups[current.slots[layer, slot]]] = node[slot]
-        _bar_nodes(problem, state, node_of)
+    if problem.node_groups is not None:
+        stay_on_nodes(problem, state, current)
     aims = _aims(run, state)
     moves = Moves(state, allowance)
     broken = _broken(state)
@@ -632,7 +656,7 @@ def _few_moves(run: Run, current: Plan, allowance: IntArray, pool: ThreadPoolExe
             _polish(run, state, moves.allowance, pool)
         elif problem.windows > 1 and problem.routing == "even":
             layers = np.arange(problem.layers)
-            _all_windows(run, state, pool, layers, allowance=moves.allowance)
+            all_windows(run, state, pool, layers, allowance=moves.allowance)
     finally:
         run.offer(state.plan(problem))
 
@@ -663,7 +687,7 @@ def _share_replicas(run: Run) -> None:
     cost = np.full((problem.layers, extra.size), np.inf)
     slots = np.full((extra.size, problem.layers, problem.cluster.total_slots), EMPTY)
     for turn, more in enumerate(extra):
-        limits = _part(run, BUDGET_SHARE, extra.size - turn)
+        limits = part(run, BUDGET_SHARE, extra.size - turn)
         one = Run(
             apart, run.bound, limits, time.perf_counter(), run.seed, run.workers, None,
             quota=need + np.minimum(more, most),
@@ -683,7 +707,7 @@ def _share_replicas(run: Run) -> None:
         run.offer(Plan(slots=best, rank_slots=rank_slots, experts=problem.experts))
 
 
-def _part(run: Run, share: float, parts: int) -> Limits:
+def part(run: Run, share: float, parts: int) -> Limits:
     """One of `parts` equal parts of what is left of a share of time and work."""
     time, work = run.limits.time, None
     if time is not None:
@@ -691,6 +715,13 @@ def _part(run: Run, share: float, parts: int) -> Limits:
     if run.steps < float("inf"):
         work = int(max(run.steps * share - run.work, 0) / parts)
     return Limits(time=time, work=work, gap=run.limits.gap)
+
+
+def true_targets(run: Run) -> FloatArray:
+    """Mean makespans [layers] at which layers are done; 0 where windows are not just averaged."""
+    if run.problem.objective != "mean":
+        return np.zeros(run.problem.layers)
+    return layer_floor(run.problem, run.bound) * (1 + run.limits.gap)
 
 
 def _under_rule(run: Run, state: State, pool: ThreadPoolExecutor) -> None:
@@ -716,11 +747,11 @@ def _under_rule(run: Run, state: State, pool: ThreadPoolExecutor) -> None:
         layers = np.argsort(left, kind="stable")
         layers = layers[: -(-layers.size // part)]
         adopt(state, start, layers)
-        _all_windows(run, state, pool, layers, share)
+        all_windows(run, state, pool, layers, share)
         run.offer(state.plan(problem))
 
 
-def _all_windows(
+def all_windows(
     run: Run,
     state: State,
     pool: ThreadPoolExecutor,
@@ -730,13 +761,16 @@ def _all_windows(
 ) -> None:
     """One placement for all windows, or a fixed dispatch rule: anneal under the true price.
 
-    Windows that decide move the weights there. `allowance` [layers]: copies that each layer may
-    receive.
+    Under latency planes or tables by the true times, with any number of windows. Windows that
+    decide move the weights there. `allowance` [layers]: copies that each layer may receive.
     """
     problem = run.problem
     slots = problem.cluster.total_slots
-    every: Windows | Ruled
-    if problem.routing in FIXED:
+    every: Windows | Ruled | TrueTimes
+    if problem.cluster.nonlinear:
+        every, effort = TrueTimes(problem, state, allowance, true_targets(run)), 1
+        hottest = TRUE_HEAT * problem.ranks / slots
+    elif problem.routing in FIXED:
         every, hottest, effort = Ruled(problem, state), RULED_HEAT / slots, RULED_STEPS
     else:
         every, hottest, effort = Windows(problem, state, allowance), max(HEAT, FEW_HEAT / slots), 1
@@ -759,6 +793,8 @@ def _all_windows(
             if run.late(share):
                 break
         run.work += trials * layers.size * effort
+        if isinstance(every, TrueTimes) and (every.cost <= every.target).all():
+            return
         if isinstance(every, Ruled) and problem.max_off_node is not None:
             run.offer(state.plan(problem))
             every.charge(layers, problem.max_off_node)

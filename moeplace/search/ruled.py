@@ -22,7 +22,7 @@ from moeplace.plan import EMPTY, Plan
 from moeplace.problem import Problem
 from moeplace.search.improve import random_below
 from moeplace.search.state import HELD, PINNED, State
-from moeplace.search.windows import _three
+from moeplace.search.windows import three
 
 #: First toll, in times of the layer's fluid bound for all copies, and how it rises and falls.
 TOLL, TOLL_RISE, TOLL_FALL = 0.1, 1.5, 0.9
@@ -98,7 +98,7 @@ def _price(  # type: ignore[no-untyped-def]
             for i in range(count[e]):
                 time[w, holders[e, i]] += load[w, e] * deals[e, i] / ranks
         time[w] /= speed
-        _three(time[w], top[w])
+        three(time[w], top[w])
         total += weight[w] * time[w, top[w, 0]]
         if toll > 0:
             for e in range(count.size - 1):
@@ -269,7 +269,7 @@ def _anneal(  # type: ignore[no-untyped-def]
                     for r in range(ranks):
                         if diff[0, r] != 0 or diff[1, r] != 0:
                             time[v, r] += (diff[0, r] * la + diff[1, r] * lb) / speed[r]
-                    _three(time[v], top[v])
+                    three(time[v], top[v])
                 _put(slot, on, h, j, a if swap else b)
                 if swap:
                     _put(slot, on, g, i, b)
