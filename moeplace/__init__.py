@@ -6,11 +6,14 @@ Start with `Problem`, `solve` and `evaluate`; the command line is ``moeplace --h
 __version__ = "0.1.0"
 
 from moeplace import instances
+from moeplace.affinity import coactivation, gather
+from moeplace.batches import Batches, over_batches
 from moeplace.bounds import Bound, lower_bound, recompute
 from moeplace.compare import compare
 from moeplace.constraints import (
     Forbid,
     MaxMoves,
+    MaxOffNode,
     MaxReplicas,
     NodeGroups,
     Pin,
@@ -18,6 +21,8 @@ from moeplace.constraints import (
     TokenCapacity,
 )
 from moeplace.diagnose import Finding, diagnose
+from moeplace.dispatch import waterfill
+from moeplace.drift import Decision, Monitor
 from moeplace.errors import (
     CertificateError,
     FormatError,
@@ -31,31 +36,46 @@ from moeplace.errors import (
 from moeplace.evaluate import Evaluation, evaluate
 from moeplace.expert_bytes import expert_bytes
 from moeplace.formats import read_loads, read_plan, write_plan
-from moeplace.hardware import Cluster, Planes
+from moeplace.hardware import Cluster
 from moeplace.instances import read_instance, write_instance
+from moeplace.latency import Planes, Table
 from moeplace.loads import LoadHistogram
+from moeplace.migrate import migrate, relabel
 from moeplace.plan import EMPTY, Plan
 from moeplace.problem import Problem
+from moeplace.replan import Economy, Proposal, propose
 from moeplace.result import Limits, Progress, Result, Status
 from moeplace.search.split import resplit
 from moeplace.solve import solve
+from moeplace.topology import rank_plans, trace_traffic, traffic
+from moeplace.tradeoff import tradeoff
+from moeplace.transfer import Links, Migration, Payback, payback
+from moeplace.whatif import whatif
 
 __all__ = [
     "EMPTY",
+    "Batches",
     "Bound",
     "CertificateError",
     "Cluster",
+    "Decision",
+    "Economy",
     "Evaluation",
     "Finding",
     "Forbid",
     "FormatError",
     "Limits",
+    "Links",
     "LoadHistogram",
     "MaxMoves",
+    "MaxOffNode",
     "MaxReplicas",
+    "Migration",
     "MissingExtraError",
     "MoeplaceError",
+    "Monitor",
     "NodeGroups",
+    "Payback",
     "Pin",
     "Plan",
     "PlanError",
@@ -64,23 +84,38 @@ __all__ = [
     "Problem",
     "ProblemError",
     "Progress",
+    "Proposal",
     "ReplicaBudget",
     "Result",
     "SolverError",
     "Status",
+    "Table",
     "TokenCapacity",
+    "coactivation",
     "compare",
     "diagnose",
     "evaluate",
     "expert_bytes",
+    "gather",
     "instances",
     "lower_bound",
+    "migrate",
+    "over_batches",
+    "payback",
+    "propose",
+    "rank_plans",
     "read_instance",
     "read_loads",
     "read_plan",
     "recompute",
+    "relabel",
     "resplit",
     "solve",
+    "trace_traffic",
+    "tradeoff",
+    "traffic",
+    "waterfill",
+    "whatif",
     "write_instance",
     "write_plan",
 ]

@@ -9,6 +9,7 @@ from numba import njit
 
 from moeplace._check import FloatArray, IntArray
 from moeplace.bounds import PACKED, PACKING_SPARE, SLACK
+from moeplace.latency import Knots
 
 BASE, FLUID, SLOT_CAP, EVEN_COPIES, HOT_EXPERT, JOINT_COPIES = range(6)
 HOT_EXPERTS, HOT_PACKING, NO_REPLICAS, WHOLE_TOKENS = range(6, 10)
@@ -18,6 +19,21 @@ HOT_EXPERTS, HOT_PACKING, NO_REPLICAS, WHOLE_TOKENS = range(6, 10)
 def _descending(values):  # type: ignore[no-untyped-def]
     """A sorted copy; the one place that sorts, since sorting is slow to compile."""
     return np.sort(values)[::-1].copy()
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _reach(knots, g, seconds):  # type: ignore[no-untyped-def]
+    """`latency.tokens_by` of one rank."""
+    at, height, rate = knots
+    n = height.shape[1] - 1
+    while n >= 0 and height[g, n] > seconds:
+        n -= 1
+    if n < 0:
+        return 0.0
+    if n == height.shape[1] - 1:
+        return at[g, n] + (seconds - height[g, n]) * rate[g]
+    slope = (at[g, n + 1] - at[g, n]) / (height[g, n + 1] - height[g, n])
+    return at[g, n] + (seconds - height[g, n]) * slope
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -125,7 +141,7 @@ def _hot_packing(total, loads, prefix, fewest, spare):  # type: ignore[no-untype
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _refutes(  # type: ignore[no-untyped-def]
-    kind, seconds, loads, prefix, base, speeds, caps, fewest, most, unit, capacity, copies
+    kind, seconds, loads, prefix, base, knots, caps, fewest, most, unit, capacity, copies
 ):
     """Whether argument `kind` excludes a makespan of at most `seconds`."""
     experts = loads.size
@@ -134,9 +150,9 @@ def _refutes(  # type: ignore[no-untyped-def]
     room = np.empty(count)
     held = 0.0
     n = 0
-    for g in range(speeds.size):
+    for g in range(caps.size):
         if caps[g] > 0:
-            room[n] = max(min(seconds * speeds[g], capacity[g]) - base[g], 0.0)
+            room[n] = max(min(_reach(knots, g, seconds), capacity[g]) - base[g], 0.0)
             can = min(room[n], prefix[caps[g]])
             held += np.floor(can / unit * (1 + SLACK) + SLACK) if kind == WHOLE_TOKENS else can
             n += 1
@@ -212,7 +228,20 @@ def _refutes(  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _search(  # type: ignore[no-untyped-def]
-    loads, base, fluid, speeds, caps, fewest, most, even, units, capacity, copies, value, source
+    loads,
+    base,
+    fluid,
+    base_seconds,
+    knots,
+    caps,
+    fewest,
+    most,
+    even,
+    units,
+    capacity,
+    copies,
+    value,
+    source,
 ):
     experts = loads.shape[1]
     spare = fewest[-1] - experts
@@ -222,8 +251,8 @@ def _search(  # type: ignore[no-untyped-def]
             prefix[e + 1] = prefix[e] + loads[row, e]
         best = fluid[row]
         name = FLUID
-        for g in range(speeds.size):
-            if base[row, g] / speeds[g] >= best:
+        for g in range(caps.size):
+            if base_seconds[row, g] >= best:
                 name = BASE
         for kind in range(SLOT_CAP, WHOLE_TOKENS + 1):
             if prefix[experts] <= 0.0 or (kind == EVEN_COPIES and not even):
@@ -236,7 +265,7 @@ def _search(  # type: ignore[no-untyped-def]
             probe = best * (1 + SLACK)
             while low < probe < high:  # double until it is not refuted, then bisect
                 if _refutes(
-                    kind, probe, loads[row], prefix, base[row], speeds, caps, fewest, most,
+                    kind, probe, loads[row], prefix, base[row], knots, caps, fewest, most,
                     units[row], capacity, copies,
                 ):  # fmt: skip
                     low = probe
@@ -258,7 +287,8 @@ def search(
     loads: FloatArray,
     base: FloatArray,
     fluid: FloatArray,
-    speeds: FloatArray,
+    base_seconds: FloatArray,
+    knots: Knots,
     caps: IntArray,
     even: bool,
     units: FloatArray,
@@ -272,7 +302,9 @@ def search(
     loads : array [rows, experts], descending
     base : array [rows, ranks]
     fluid : array [rows], where the search starts
-    speeds, caps : array [ranks]
+    base_seconds : array [rows, ranks], of `base`
+    knots : latency of the ranks, see `moeplace.latency`
+    caps : array [ranks]
     even : bool
     units : array [rows], 0 where loads are not whole
     capacity : array [ranks], most tokens of a rank
@@ -289,6 +321,19 @@ def search(
     value = np.empty(loads.shape[0])
     source = np.empty(loads.shape[0], dtype=np.int64)
     _search(
-        loads, base, fluid, speeds, caps, fewest, most, even, units, capacity, copies, value, source
+        loads,
+        base,
+        fluid,
+        base_seconds,
+        knots,
+        caps,
+        fewest,
+        most,
+        even,
+        units,
+        capacity,
+        copies,
+        value,
+        source,
     )
     return value, source

@@ -5,10 +5,13 @@ makespan of at most T. Its docstring holds conditions and proof. `lower_bound` s
 largest T that some argument refutes (compiled, in `bound_kernels`); `recompute` asks the named
 argument about a claimed bound again, from the problem alone, with the NumPy code below.
 
-Notation: w_1 >= w_2 >= ... loads, W their sum; r_g = (min(T v_g, C_g) - b_g)+ tokens that rank
-g can still run by T (C_g its token capacity), R_n the sum of the n largest; K_g slots of rank g
-that can be used (at most E), s = sum K - E spare slots. Ranks without slots count only through
-their base load. Latency planes only add to tokens / v_g, so every argument holds for them too.
+Notation: w_1 >= w_2 >= ... loads, W their sum; r_g = (min(n_g(T), C_g) - b_g)+ tokens that rank
+g can still run by T (n_g(T) = T v_g under linear speeds, else `Cluster.tokens_by`: the inverse of
+the least time that n tokens take, f_g(0, n) under planes, the monotone envelope of a table; C_g
+its token capacity), R_n the sum of the n largest; K_g slots of rank g that can be used (at most
+E), s = sum K - E spare slots. Ranks without slots count only through their base load. No argument
+needs more of a latency model than r_g, so that a table need not be convex; what activated
+replicas add under planes, `planes` counts.
 Comparisons leave a relative slack of 1e-12, so that rounding never makes a bound too high.
 """
 
@@ -24,8 +27,9 @@ from moeplace.constraints import CAPACITY_SLACK
 from moeplace.errors import CertificateError
 from moeplace.evaluate import evaluate
 from moeplace.hardware import Cluster
+from moeplace.latency import Knots, tokens_by
 from moeplace.loads import LoadHistogram
-from moeplace.nodes_bound import share_groups
+from moeplace.nodes_bound import affordable, share_groups
 from moeplace.problem import Problem
 
 SLACK = 1e-12
@@ -35,6 +39,8 @@ NODES, STAY, FEW = "nodes: ", "moves", "few moves"
 MOST_MOVES, QUICK = 8, 20_000
 #: Source of bounds by every way to share groups out over nodes.
 GROUPS = "groups on nodes"
+#: `planes` counts the replicas that so many experts of a layer need.
+HOTTEST = 32
 #: Sources of bounds by the latency planes, and by trying every placement of a tiny layer.
 PLANES, EXHAUSTIVE = "planes", "exhaustive"
 
@@ -107,7 +113,7 @@ class Row:
 
     loads: FloatArray  # [experts], descending
     base: FloatArray  # [ranks]
-    speeds: FloatArray  # [ranks]
+    knots: Knots  # of the ranks' latency
     caps: IntArray  # [ranks] slots that can be used
     even: bool
     unit: float  # loads are multiples of it; 0 if they are not whole
@@ -121,7 +127,11 @@ class Row:
 
     def rooms(self, seconds: float) -> FloatArray:
         """r_g of the ranks [ranks]."""
-        return np.maximum(np.minimum(seconds * self.speeds, self.capacity) - self.base, 0.0)
+        return np.maximum(np.minimum(self.reach(seconds), self.capacity) - self.base, 0.0)
+
+    def reach(self, seconds: float) -> FloatArray:
+        """n_g(T): most tokens of each rank [ranks] by so many seconds."""
+        return tokens_by(self.knots, np.array([seconds]))
 
     def room(self, seconds: float) -> FloatArray:
         """r_g of the ranks with slots, most first."""
@@ -135,7 +145,7 @@ class Row:
 
 def base_load(row: Row, seconds: float) -> bool:
     """A rank's base load alone takes longer. Any routing, any latency model."""
-    return bool((row.base > (1 + SLACK) * seconds * row.speeds).any())
+    return bool((row.base > (1 + SLACK) * row.reach(seconds)).any())
 
 
 def fluid(row: Row, seconds: float) -> bool:
@@ -353,8 +363,11 @@ ARGUMENTS: dict[str, Callable[[Row, float], bool]] = {
 }
 
 
-def lower_bound(problem: Problem) -> Bound:
-    """The best of all arguments for each window and layer, and in total."""
+def lower_bound(problem: Problem, time_limit: float | None = None) -> Bound:
+    """The best of all arguments for each window and layer, and in total.
+
+    Sharing groups out over nodes is left out where it may take most of the time limit (seconds).
+    """
     shape = (problem.windows, problem.layers)
     units = np.repeat(_units(problem)[:, None], problem.layers, axis=1)
     value, source = _search(problem, problem.tokens, problem.base, problem.fluid, units)
@@ -364,7 +377,8 @@ def lower_bound(problem: Problem) -> Bound:
         other = lower_bound(coarse)
         names = np.where(other.per_layer > per_layer, np.char.add(NODES, other.source), names)
         per_layer = np.maximum(per_layer, other.per_layer)
-    if problem.node_groups is not None and (shared_out := share_groups(problem)) is not None:
+    shared_out = share_groups(problem) if affordable(problem, time_limit) else None
+    if shared_out is not None:
         lifted = shared_out.bound * (1 - SLACK)
         better = lifted > per_layer * (1 + SLACK)
         names = np.where(better, GROUPS, names)
@@ -406,7 +420,8 @@ def _search(
         -np.sort(-tokens, axis=-1).reshape(-1, problem.experts),
         frozen(base.reshape(-1, problem.ranks)),
         fluid.ravel(),
-        problem.cluster.speeds,
+        frozen(problem.cluster.seconds(base).reshape(-1, problem.ranks)),
+        problem.cluster.knots,
         _caps(problem),
         problem.routing == "even",
         units.ravel(),
@@ -418,9 +433,10 @@ def _search(
 
 
 def longest(problem: Problem, tokens: FloatArray, base: FloatArray) -> FloatArray:
-    """Time by speeds [...] that no plan exceeds: tokens [..., experts] and base [..., ranks]."""
+    """Time [...] that no plan exceeds: tokens [..., experts] and base [..., ranks]."""
     whole = tokens.sum(axis=-1)[..., None] + base
-    return np.asarray((whole / problem.cluster.speeds).max(axis=-1))
+    most = _caps(problem).max() * 1.0
+    return np.asarray(problem.cluster.seconds(whole, np.array([most])).max(axis=-1))
 
 
 def lifted_bound(problem: Problem, bound: Bound, better: FloatArray, name: str) -> Bound:
@@ -622,17 +638,24 @@ def planes(
 
     Any routing. Proof: by T rank g runs n_g tokens and activates A_g <= K_g replicas with
     t_k + w_k A_g + c_k (b_g + n_g) / v_g <= T for every plane k, or is idle. Together the ranks
-    must run sum n_g >= W and activate sum A_g >= sum_e a(w_e): a(n) = 1 - exp(-n) is concave with
-    a(0) = 0, so an expert's replicas activate no less than a single one. What a rank can run is
-    a concave function of A_g, so the most that all can run at a total of activations is found
-    by spending activations where they cost the fewest tokens first.
+    must run sum n_g >= W and activate sum A_g >= sum_e A_e, A_e the least that replicas of e can
+    activate: a(n) = 1 - exp(-n) is concave with a(0) = 0, so few replicas activate least. Under
+    even routing e needs c copies (see `even_copies`) and A_e = c a(w_e / c), which grows with c;
+    else no replica runs more than r = max_g r_g, and A_e is that of as many full ones as fit into
+    w_e and one with the rest. What a rank can run is a concave function of A_g, so the most that
+    all can run at a total of activations is found by spending activations where they cost the
+    fewest tokens first. The `HOTTEST` experts are looked at so, the others count as single ones.
     """
     cluster, model = problem.cluster, problem.cluster.planes
     assert model is not None
+    if layers.size == 0:
+        return np.zeros(0, dtype=np.bool_)
     t, w, c = model.startup, model.activation, model.compute
     tokens, base = problem.tokens[window, layers], problem.base[window, layers]
     need = tokens.sum(axis=1) * (1 - SLACK)
-    active = -np.expm1(-tokens).sum(axis=1) * (1 - SLACK)
+    if layers.size == 0:
+        return np.zeros(0, dtype=np.bool_)
+    active = _least_activated(problem, tokens, base, seconds) * (1 - SLACK)
     time = seconds[:, None, None]  # [layers, ranks, points]
     caps = _caps(problem)[None, :, None].astype(float)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -653,7 +676,9 @@ def planes(
         runs = np.full(at.shape, np.inf)
         for k in range(t.size):
             allowed = (time - t[k] - w[k] * at) * rate
-            each = allowed / c[k] if c[k] > 0 else np.where(allowed >= 0, np.inf, -np.inf)
+            # where activations just fit, rounding must not make it look as if they did not
+            fits = allowed >= -1e-9 * time * rate
+            each = allowed / c[k] if c[k] > 0 else np.where(fits, np.inf, -np.inf)
             runs = np.minimum(runs, each)
         runs = runs - base[:, :, None]
     idle = (runs[:, :, :1] < 0) | (caps == 0)
@@ -670,6 +695,26 @@ def planes(
     can = runs[:, :, 0].sum(axis=1) - (spent * slope).sum(axis=1)
     short = width.sum(axis=1) < active
     return np.asarray(late | short | (can * (1 + SLACK) < need))
+
+
+def _least_activated(
+    problem: Problem, tokens: FloatArray, base: FloatArray, seconds: FloatArray
+) -> FloatArray:
+    """Sum of A_e [layers] for tokens [layers, experts] and base [layers, ranks]; see `planes`."""
+    load = -np.sort(-tokens, axis=1)
+    hot, rest = load[:, :HOTTEST], load[:, HOTTEST:]
+    reach = np.minimum(problem.cluster.tokens_by(seconds[:, None]), _ceiling(problem)) - base
+    room = -np.sort(-np.maximum(reach[:, _caps(problem) > 0], 0.0), axis=1)
+    if problem.routing == "even":
+        most = np.maximum.accumulate(room * np.arange(1, room.shape[1] + 1), axis=1)
+        copies = 1 + (most[:, None, :] < hot[:, :, None] * (1 - SLACK)).sum(axis=2)
+        each = -copies * np.expm1(-hot / copies)
+    else:
+        largest = np.maximum(room[:, :1], 1e-300) * (1 + SLACK)
+        full = np.where(room[:, :1] > 0, np.floor(hot / largest), 0.0)
+        left = np.where(room[:, :1] > 0, hot - full * largest, hot)
+        each = -full * np.expm1(-largest) - np.expm1(-np.maximum(left, 0.0))
+    return np.asarray(each.sum(axis=1) - np.expm1(-rest).sum(axis=1))
 
 
 def _planes_bound(problem: Problem, start: FloatArray) -> FloatArray:
@@ -772,7 +817,7 @@ def row_of(problem: Problem, window: int, layer: int) -> Row:
     return Row(
         loads=-np.sort(-problem.tokens[window, layer]),
         base=problem.base[window, layer],
-        speeds=problem.cluster.speeds,
+        knots=problem.cluster.knots,
         caps=_caps(problem),
         even=problem.routing == "even",
         unit=float(_units(problem)[window]),

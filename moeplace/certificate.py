@@ -13,6 +13,7 @@ and so does whatever contains an exponential.
 """
 
 import math
+from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -28,6 +29,7 @@ from moeplace.bounds import ARGUMENTS, NODES, Bound, Claim, Row, nodes_as_ranks,
 from moeplace.errors import CertificateError, PlanError, ProblemError
 from moeplace.evaluate import Evaluation, evaluate
 from moeplace.instances import InstanceFile, as_file, from_file
+from moeplace.latency import Table
 from moeplace.plan import EMPTY, Plan
 from moeplace.problem import Problem
 from moeplace.result import Result
@@ -286,13 +288,14 @@ def _rational(row: Row) -> Row:
     """The same row with numbers that do not round."""
 
     def exact(values: FloatArray) -> Any:
-        return np.array([Fraction(x) if math.isfinite(x) else x for x in values.tolist()])
+        flat = [Fraction(x) if math.isfinite(x) else x for x in values.ravel().tolist()]
+        return np.array(flat, dtype=object).reshape(values.shape)
 
     return replace(
         row,
         loads=exact(row.loads),
         base=exact(row.base),
-        speeds=exact(row.speeds),
+        knots=(exact(row.knots[0]), exact(row.knots[1]), exact(row.knots[2])),
         capacity=exact(row.capacity),
     )
 
@@ -341,6 +344,8 @@ def _exact(evaluation: Evaluation) -> Fraction:
 def _slowest(
     problem: Problem, carried: list[Fraction], active: list[Fraction], speeds: list[Fraction]
 ) -> Fraction:
+    if problem.cluster.table is not None:
+        return max(_looked_up(problem.cluster.table, g, n) for g, n in enumerate(carried))
     planes = problem.cluster.planes
     plain_times = [tokens / speed for tokens, speed in zip(carried, speeds, strict=True)]
     if planes is None:
@@ -358,6 +363,19 @@ def _slowest(
         max(t + w * replicas + c * time for t, w, c in parts) if replicas or time else Fraction(0)
         for time, replicas in zip(plain_times, active, strict=True)
     )
+
+
+def _looked_up(table: Table, rank: int, tokens: Fraction) -> Fraction:
+    """A table's time, linear between its points."""
+    known = [Fraction(n) for n in table.tokens[rank].tolist()]
+    seconds = [Fraction(t) for t in table.seconds[rank].tolist()]
+    if tokens <= known[0]:
+        return seconds[0] if tokens > 0 else Fraction(0)
+    if len(known) == 1:
+        known, seconds = [Fraction(0), *known], [Fraction(0), *seconds]
+    n = min(bisect_left(known, tokens), len(known) - 1)
+    slope = (seconds[n] - seconds[n - 1]) / (known[n] - known[n - 1])
+    return seconds[n - 1] + (tokens - known[n - 1]) * slope
 
 
 def _activation(tokens: Fraction) -> Fraction:

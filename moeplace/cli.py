@@ -28,6 +28,7 @@ from rich.text import Text
 
 from moeplace import __version__
 from moeplace._files import check_output, write_text
+from moeplace.batches import Batches, over_batches
 from moeplace.bounds import Bound, lower_bound, recompute
 from moeplace.certificate import write_certificate
 from moeplace.compare import (
@@ -44,6 +45,7 @@ from moeplace.compare import (
     notes,
     percent,
     printable,
+    sent,
 )
 from moeplace.compare import compare as beside
 from moeplace.errors import (
@@ -134,6 +136,16 @@ Gap = Annotated[
 ]
 Seed = Annotated[int, typer.Option(metavar="N", help="Seed of the search.")]
 Workers = Annotated[int, typer.Option(metavar="N", help="Threads.")]
+Hidden = Annotated[
+    int | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Hidden size of the model: also tell the bytes that leave rank and node for each "
+        "token, to the experts and back, of 2 bytes a number.",
+        show_default=False,
+    ),
+]
+TopK = Annotated[float, typer.Option(metavar="K", help="Experts of each token, for --hidden.")]
 SumWindows = Annotated[
     bool,
     typer.Option(
@@ -206,6 +218,14 @@ def solve(
         ),
     ] = None,
     profile: ProfileFile = None,
+    latency: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="What a profile is fitted by: speed (relative, where tokens are many), plane, "
+            "hinges, planes or table (in seconds; the loads need passes).",
+        ),
+    ] = "speed",
     certificate: Annotated[
         str | None,
         typer.Option(
@@ -242,8 +262,12 @@ def solve(
         check_output(out, inputs)
     if start is not None and method in POLICIES:
         raise ProblemError(f"Method {method} cannot start from a plan: drop --start or use auto.")
-    given = read_given(instance, sum_windows, profile)
-    old = None if start is None else _plan(start, plan_format, first_moe_layer, given.problem)
+    given = read_given(instance, sum_windows, profile, latency)
+    old = (
+        None
+        if start is None
+        else read_of_instance(start, plan_format, first_moe_layer, given.problem)
+    )
     with _progress(quiet) as progress:
         result = find(
             given.problem,
@@ -293,6 +317,8 @@ def compare(
     seed: Seed = 0,
     workers: Workers = 1,
     sum_windows: SumWindows = False,
+    hidden: Hidden = None,
+    top_k: TopK = 1,
     as_json: AsJson = False,
 ) -> None:
     """Solve, and price every policy beside our plan."""
@@ -307,7 +333,8 @@ def compare(
             workers=workers,
             progress=progress,
         )
-    _report(given, result, tuple(POLICIES), as_json=as_json)
+    sends = None if hidden is None else (hidden, top_k)
+    _report(given, result, tuple(POLICIES), as_json=as_json, sends=sends)
 
 
 @app.command(epilog=example("evaluate instances/small/flashlb-even.json plan.json"))
@@ -318,23 +345,38 @@ def evaluate(
     ],
     plan_format: PlanFormat = "moeplace",
     first_moe_layer: FirstMoeLayer = None,
+    batches: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Price it over so many random forward passes of each window, too; the loads need "
+            "passes.",
+        ),
+    ] = 0,
     sum_windows: SumWindows = False,
+    hidden: Hidden = None,
+    top_k: TopK = 1,
     as_json: AsJson = False,
 ) -> None:
     """Price a plan. A plan that breaks a rule of the problem is priced too, and ends with 2."""
     given = read_given(instance, sum_windows)
     problem, unit = given.problem, given.problem.cluster.time_unit
-    found = price(problem, _plan(plan, plan_format, first_moe_layer, problem))
+    found = price(problem, read_of_instance(plan, plan_format, first_moe_layer, problem))
     bound = lower_bound(problem)
     # Bounds hold for legal plans only.
     least = min(bound.total, found.objective) if found.legal else bound.total
     left = float(gap(found.objective, least)) if found.legal else None
     status = "illegal" if left is None else "optimal" if left <= OPTIMAL_GAP else "feasible"
     row = Row(method="plan", evaluation=found)
+    drawn = over_batches(problem, found.plan, batches) if batches else None
     if as_json:
         answer = _answer(given, status, found, least, left, [row]) | {
             "violations": list(found.violations)
         }
+        if drawn is not None:
+            answer["batches"] = {"count": batches, "objective": drawn.objective}
+        if hidden is not None:
+            answer["traffic"] = _traffic([row], (hidden, top_k))["plan"]
         write_json(answer)
     else:
         balanced = found.balancedness
@@ -345,9 +387,14 @@ def evaluate(
             ("step time", exact(found.objective, unit)),
             ("lower bound", exact(least, unit)),
             *([] if left is None else [("gap", percent(left))]),
+            *([] if drawn is None else [("random batches", _over(drawn, found, unit))]),
             ("imbalance", imbalance(found)),
             ("balancedness", f"{balanced.mean():.5f} on average, {balanced.min():.5f} at worst"),
         ]
+        if hidden is not None:
+            ((_, off_rank, off_node),) = sent([row], hidden, top_k)
+            said = f"{off_rank:,.0f} bytes leave their rank, {off_node:,.0f} their node"
+            words.append(("each token", said))
         broken = [f"breaks a rule: {each}" for each in found.violations]
         write("\n".join([*aligned(words), *broken]) + "\n")
     if not found.legal:
@@ -356,6 +403,15 @@ def evaluate(
             f"{found.violations[0]}. Correct the plan or drop the rule."
         )
         raise typer.Exit(BAD_INPUT)
+
+
+def _over(drawn: Batches, found: Evaluation, unit: str) -> str:
+    """What random batches take, against the price at expected counts."""
+    more = drawn.objective / found.objective - 1 if found.objective > 0 else 0.0
+    return (
+        f"{exact(drawn.objective, unit)}: {percent(more)} above, mean of {drawn.batches} batches' "
+        "slowest ranks"
+    )
 
 
 @app.command(epilog=example("bound instances/small/flashlb-even.json --json"))
@@ -476,7 +532,7 @@ def loads(
             load_format,
             phase=cast(Any, phase),  # checked with the loads
             passes=passes,
-            layers=None if layers is None else _range(layers),
+            layers=None if layers is None else parse_range(layers),
             windows=windows,
             experts=experts,
             progress=progress,
@@ -494,7 +550,8 @@ def loads(
         raise typer.Exit(BAD_INPUT)
 
 
-def _range(text: str) -> slice:
+def parse_range(text: str) -> slice:
+    """FROM:TO as a slice."""
     start, colon, stop = text.partition(":")
     try:
         if not colon:
@@ -752,11 +809,13 @@ class _Given:
     words: list[tuple[str, str]] = field(default_factory=list)
 
 
-def read_given(instance: str, sum_windows: bool, profile: str | None = None) -> _Given:
+def read_given(
+    instance: str, sum_windows: bool, profile: str | None = None, latency: str = "speed"
+) -> _Given:
     """Read the problem that a command is about, and the words for it."""
     problem = _generated(instance) if instance.startswith("generate:") else read_instance(instance)
     if profile is not None:
-        problem = replace(problem, cluster=_profiled(problem.cluster, profile))
+        problem = replace(problem, cluster=_profiled(problem.cluster, profile, latency))
     summed = []
     if sum_windows:
         summed = [("summed", f"{problem.windows:,} windows into one, which understates their time")]
@@ -764,8 +823,11 @@ def read_given(instance: str, sum_windows: bool, profile: str | None = None) -> 
     return _Given(problem, instance, [*described(problem), *summed])
 
 
-def _profiled(cluster: Cluster, path: str) -> Cluster:
-    """The cluster with the speeds of a profile; equal ones, and a warning, if it is not usable."""
+def _profiled(cluster: Cluster, path: str, latency: str) -> Cluster:
+    """The cluster with the times of a profile; equal speeds, and a warning, if it is not usable.
+
+    By the latency "speed" relative speeds where tokens are many, else a fitted model, in seconds.
+    """
     profile = read_profile(path)
     devices = measured_devices(profile)
     if devices and len(devices) != cluster.ranks:
@@ -773,12 +835,16 @@ def _profiled(cluster: Cluster, path: str) -> Cluster:
             f"{path}: holds {len(devices)} ranks but the instance has {cluster.ranks}: calibrate "
             "on as many ranks."
         )
+    if devices and latency != "speed":
+        return Cluster.from_profile(profile, cluster.slots, cluster.nodes, model=latency)
     entries = match(profile, devices).entries if devices else None
     speeds = np.ones(cluster.ranks) if entries is None else relative_speeds(entries)
-    return replace(cluster, speeds=speeds, speed_unit="relative")
+    return replace(cluster, speeds=speeds, speed_unit="relative", planes=None, table=None)
 
 
-def _plan(path: str, plan_format: str, first_moe_layer: int | None, problem: Problem) -> Plan:
+def read_of_instance(
+    path: str, plan_format: str, first_moe_layer: int | None, problem: Problem
+) -> Plan:
     """Read a plan; what an engine's file does not say is as in the problem."""
     slots = problem.cluster.slots
     said: dict[str, int] = {"ranks": problem.ranks, "layers": problem.layers}
@@ -817,12 +883,19 @@ def _report(
     *,
     as_json: bool = False,
     quiet: bool = False,
+    sends: tuple[int, float] | None = None,
 ) -> None:
     """Print a result with its comparison; exit with the code of its status."""
     code = _EXITS.get(result.status, OK)
     if as_json or not quiet:
         rows = beside(result.problem, result, methods)
-        write_json(_solved(given, result, rows)) if as_json else _show(given, result, rows)
+        if as_json:
+            more = {} if sends is None else {"traffic": _traffic(rows, sends)}
+            write_json(_solved(given, result, rows) | more)
+        else:
+            _show(given, result, rows)
+            if sends is not None:
+                write("\n" + "\n".join(_sent(rows, sends)) + "\n")
     if code in (INFEASIBLE, NONE_IN_TIME):
         reason = result.reason or "no plan was found within the limits. Give more time."
         _error(f"{result.status}: {reason}")
@@ -887,6 +960,21 @@ def _method(row: Row) -> dict[str, Any]:
         "violations": None if found is None else len(found.violations),
         "reason": row.reason,
     }
+
+
+def _traffic(rows: list[Row], sends: tuple[int, float]) -> dict[str, dict[str, float]]:
+    """By method: bytes that leave rank and node for each token."""
+    return {
+        label: {"off_rank_bytes_per_token": rank, "off_node_bytes_per_token": node}
+        for label, rank, node in sent(rows, *sends)
+    }
+
+
+def _sent(rows: list[Row], sends: tuple[int, float]) -> list[str]:
+    """The same as a table in text."""
+    found = [(label, f"{rank:,.0f}", f"{node:,.0f}") for label, rank, node in sent(rows, *sends)]
+    head = ("bytes for each token", "off rank", "off node")
+    return [f"{label:<28}{rank:>16}{node:>16}" for label, rank, node in (head, *found)]
 
 
 def _imbalance(found: Evaluation | None) -> dict[str, float] | None:
@@ -1020,10 +1108,10 @@ def _reading() -> Iterator[Callable[[int, int], None] | None]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line (by default `sys.argv`) and exit with its code."""
-    from moeplace import cli_engine, cli_replay  # they import this module
+    from moeplace import cli_engine, cli_fit, cli_migrate, cli_replay, cli_watch, cli_whatif
 
-    cli_replay.add_commands(app)
-    cli_engine.add_commands(app)
+    for module in (cli_fit, cli_replay, cli_migrate, cli_watch, cli_whatif, cli_engine):
+        module.add_commands(app)
     for stream in (sys.stdout, sys.stderr):  # what the terminal cannot show is escaped
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:

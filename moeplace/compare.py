@@ -14,6 +14,7 @@ from moeplace.policies.vibe import vibe_assignment
 from moeplace.problem import Problem
 from moeplace.result import Result
 from moeplace.search.split import at_best_shares
+from moeplace.topology import traffic
 
 #: What `compare` prices unless told otherwise: what engines start with, the published balancers
 #: and the fair rival.
@@ -142,6 +143,17 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     return table
 
 
+def sent(rows: Sequence[Row], hidden: int, top_k: float) -> list[tuple[str, float, float]]:
+    """Label of each priced row, and the bytes that leave rank and node for each token."""
+    found = []
+    for row in rows:
+        if row.evaluation is not None:
+            problem, plan = row.evaluation.problem, row.evaluation.plan
+            rank, node = traffic(problem, plan, top_k).bytes_per_token(hidden)
+            found.append((row.label, rank, node))
+    return found
+
+
 def notes(problem: Problem, rows: Sequence[Row]) -> list[str]:
     """What a reader of the table must know, in lines."""
     held = "contiguous" if problem.max_moves is None else "the current plan"
@@ -198,11 +210,19 @@ def described(problem: Problem) -> list[tuple[str, str]]:
     over = f"{problem.objective} over {problem.windows:,} windows of the "
     unit = "forward pass" if problem.loads.passes is not None else "window"
     named = [("instance", printable(problem.name))] if problem.name else []
+    cluster, model = problem.cluster, []
+    if cluster.planes is not None:
+        count = _count(cluster.planes.startup.size, "plane")
+        model = [("latency", f"{count} in (replicas, tokens)")]
+    elif cluster.table is not None:
+        count = _count(cluster.table.tokens.shape[1], "point")
+        model = [("latency", f"table of {count}")]
     rules = [("constraints", str(len(problem.constraints)))] if problem.constraints else []
     return [
         *named,
         ("shapes", shapes(problem)),
         ("speeds", f"{problem.cluster.speed_unit}, {speeds}"),
+        *model,
         ("routing", problem.routing),
         *rules,
         ("objective", f"{over if problem.windows > 1 else ''}step time per {unit}"),

@@ -334,4 +334,38 @@ class ReplicaBudget:
         return [f"{held} replicas are held in all layers, at most {self.total} may be"]
 
 
-Constraint = Pin | Forbid | MaxMoves | NodeGroups | TokenCapacity | MaxReplicas | ReplicaBudget
+@dataclass(frozen=True)
+class MaxOffNode:
+    """In each layer and window at most a share of the copies of tokens leaves its node.
+
+    Copies as in `topology.traffic`, under the problem's routing. Where dispatch knows nothing of
+    nodes (even, weighted, sglang-lp) and nodes are of equal size, every plan sends the same share;
+    under sglang-static and ascend plans are sought that keep more. It sees experts one by one:
+    experts that fire together are for `affinity.gather`.
+
+    Parameters
+    ----------
+    fraction : float
+        From 0 to 1.
+    """
+
+    fraction: float
+
+    def check(self, problem: "Problem") -> None:
+        """Raise ProblemError if the fraction is not one."""
+        real = isinstance(self.fraction, int | float | np.number)
+        if isinstance(self.fraction, bool) or not (real and 0 <= self.fraction <= 1):
+            raise ProblemError(f"MaxOffNode must be a number from 0 to 1, got {self.fraction!r}.")
+
+    def key(self, experts: int) -> bytes:
+        """Bytes that are equal for equal rules."""
+        return f"max off node {float(self.fraction)!r}".encode()
+
+    def violations(self, plan: Plan, cluster: Cluster, tokens: FloatArray) -> list[str]:
+        """Nothing: tokens of ranks do not say it; `evaluate` asks `topology` instead."""
+        return []
+
+
+Constraint = (
+    Pin | Forbid | MaxMoves | NodeGroups | TokenCapacity | MaxReplicas | ReplicaBudget | MaxOffNode
+)

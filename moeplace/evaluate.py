@@ -129,6 +129,10 @@ def violations(problem: Problem, plan: Plan, tokens: FloatArray) -> tuple[str, .
     ]
     for constraint in problem.constraints:
         found += constraint.violations(plan, problem.cluster, tokens)
+    if problem.max_off_node is not None:
+        from moeplace.topology import off_node_violations  # which prices plans too
+
+        found += off_node_violations(problem, plan, problem.max_off_node)
     return tuple(found)
 
 

@@ -122,7 +122,6 @@ class Exhaustive:
         self.base = np.floor(base * self.scale)[self.holds]
         self.free = np.minimum(cluster.slots, problem.experts)[self.holds].astype(np.int64)
         allowed = problem.allowed[layer][np.ix_(order, self.holds)]
-        self.speeds = cluster.speeds[self.holds]
         self.capacity = problem.capacity[self.holds] * (1 + CAPACITY_SLACK)
         self.most = problem.most_replicas[order]
         if not self.fits:
@@ -135,9 +134,11 @@ class Exhaustive:
         self.same[1:] &= self.allowed[1:] == self.allowed[:-1]
         self.same[1:] &= self.pinned[1:] == self.pinned[:-1]
         self.same[1:] &= self.most[1:] == self.most[:-1]
+        latency = np.concatenate([*cluster.knots[:2], cluster.knots[2][:, None]], axis=1)
+        latency = latency[self.holds]
         kinds = [
             (
-                self.speeds[g],
+                latency[g].tobytes(),
                 self.capacity[g],
                 self.free[g],
                 self.base[g],
@@ -162,7 +163,8 @@ class Exhaustive:
         """The same, and slots [slots] of a placement that does end, if one was found."""
         if not self.fits:
             return None, None
-        room = np.minimum(seconds * self.speeds, self.capacity) * self.scale * (1 + 1e-12)
+        reach = self.problem.cluster.tokens_by(np.array([seconds]))[self.holds]
+        room = np.minimum(reach, self.capacity) * self.scale * (1 + 1e-12)
         room = np.minimum(room, GRID * 4) - self.base
         if (room < 0).any():
             return True, None

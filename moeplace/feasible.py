@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from moeplace._check import FloatArray
 from moeplace.bounds import NODES, PLANES, STAY, Bound, longest
 from moeplace.constraints import CAPACITY_SLACK, Forbid, Pin
 from moeplace.problem import Problem
@@ -79,6 +80,16 @@ def _counting(problem: Problem) -> str | None:
             f"{problem.layers} layers of {problem.experts} experts, pins counted, need {least} "
             f"replicas, and the budget is {budget}."
         )
+    most = problem.max_off_node
+    if most is not None:
+        least = least_off_node(problem)
+        if (least > most + 1e-9).any():
+            window, layer = np.unravel_index(np.argmax(least), least.shape)
+            return (
+                f"layer {layer}: under {problem.routing} routing at least "
+                f"{least[window, layer]:.6g} of the copies in window {window} leave their node "
+                f"whatever the plan, and at most {most:g} may."
+            )
     capacity = problem.capacity
     if not np.isfinite(capacity).any():
         return None
@@ -100,6 +111,27 @@ def _counting(problem: Problem) -> str | None:
             "leave beside their base load."
         )
     return None
+
+
+def least_off_node(problem: Problem) -> FloatArray:
+    """Share of copies that leave their node under any plan, at least [windows, layers].
+
+    A copy stays with the share of ranks that are on the nodes it may go to. Where dispatch knows
+    nothing of nodes that is at most the largest node's share, n; sglang-static serves a node that
+    holds a replica there, so each spare slot keeps at most n of one expert's copies more.
+    """
+    on = np.bincount(np.unique(np.asarray(problem.cluster.nodes), return_inverse=True)[1])
+    stays = on.max() / problem.ranks
+    if problem.routing == "ascend":
+        return np.zeros(problem.tokens.shape[:2])
+    kept = np.full(problem.tokens.shape[:2], stays)
+    total = problem.tokens.sum(axis=2)
+    if problem.routing == "sglang-static":
+        spare = int(np.minimum(problem.cluster.slots, problem.experts).sum()) - problem.experts
+        hot = -np.sort(-problem.tokens, axis=2)
+        often = np.repeat(hot, on.size - 1, axis=2)[:, :, :spare].sum(axis=2)
+        kept += stays * often / np.where(total > 0, total, 1.0)
+    return np.asarray(np.where(total > 0, np.maximum(1 - kept, 0.0), 0.0))
 
 
 def _unmatched(

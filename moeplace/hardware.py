@@ -1,66 +1,25 @@
 """What the tokens run on: EP ranks, their slots, nodes and latency.
 
-The latency model lives here and nowhere else: `Cluster.seconds` says how long each rank takes
-for its tokens and activated replicas, and `Cluster.fluid_seconds` is its inverse summed over
-ranks. It is one speed per rank, or `Planes` on top of that: a maximum of planes in (activated
-replicas, tokens).
+`Cluster.seconds` says how long each rank takes for its tokens and activated replicas,
+`Cluster.tokens_by` how many tokens it can run by then, and `Cluster.fluid_seconds` is that
+inverse summed over ranks. The model is one speed per rank, or one of `moeplace.latency`: `Planes`
+in (activated replicas, tokens), or a `Table` of tokens for each rank.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from moeplace._check import FloatArray, IntArray, integers, ndim, numbers
+from moeplace._check import FloatArray, IntArray, frozen, integers, ndim, numbers
 from moeplace.errors import ProblemError
+from moeplace.latency import Knots, Planes, Table, tokens_by
 
 SpeedUnit = Literal["tokens/s", "relative"]
 
 MAX_SLOTS = 1 << 20
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Planes:
-    """Latency of a rank as a maximum of planes in (activated replicas A, tokens n).
-
-    f_g(A, n) = max_k (startup_k + activation_k A + compute_k n / speed_g), and 0 for an idle
-    rank. Memory-bound work (startup, activation) is the same on all GPUs of a type; what differs
-    between nominally equal ones is compute.
-
-    Parameters
-    ----------
-    startup : array-like [planes]
-        Seconds.
-    activation : array-like [planes]
-        Seconds for each replica that runs at least one token.
-    compute : array-like [planes]
-        Share of a rank's 1 / speed that a token takes; the largest is 1.
-
-    Raises
-    ------
-    ProblemError
-        If a number is negative or not finite, or the three do not have one entry a plane.
-    """
-
-    startup: FloatArray
-    activation: FloatArray
-    compute: FloatArray
-
-    def __post_init__(self) -> None:
-        for name in ("startup", "activation", "compute"):
-            array = numbers(getattr(self, name), f"Planes' {name}", ("plane",), ProblemError)
-            object.__setattr__(self, name, array)
-        sizes = {self.startup.size, self.activation.size, self.compute.size}
-        if len(sizes) > 1:
-            raise ProblemError(
-                "Planes need one startup, activation and compute each: got "
-                f"{self.startup.size}, {self.activation.size} and {self.compute.size}."
-            )
-        if abs(self.compute.max() - 1.0) > 1e-12:
-            raise ProblemError(
-                f"Planes' largest compute must be 1, got {self.compute.max():g}: it is a share of "
-                "a rank's 1 / speed. Use Cluster.from_planes for seconds per token."
-            )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,6 +40,9 @@ class Cluster:
         are never called seconds.
     planes : Planes, optional
         What a rank takes besides tokens / speed; needs speeds in tokens/s.
+    table : Table, optional
+        Times of each rank by its tokens; `speeds` must then be `Table.speeds`, the tokens per
+        second at best, and in tokens/s (`from_table` sees to it).
 
     Raises
     ------
@@ -94,6 +56,7 @@ class Cluster:
     nodes: IntArray | None = None
     speed_unit: SpeedUnit = "tokens/s"
     planes: Planes | None = None
+    table: Table | None = None
 
     def __post_init__(self) -> None:
         speeds = numbers(
@@ -115,10 +78,24 @@ class Cluster:
                 f"Speed unit must be one of {', '.join(get_args(SpeedUnit))}, "
                 f"got {self.speed_unit!r}."
             )
-        if self.planes is not None and self.speed_unit != "tokens/s":
+        if self.nonlinear and self.speed_unit != "tokens/s":
             raise ProblemError(
-                "Planes are in seconds, so speeds must be in tokens/s, not relative ones."
+                "Planes and tables are in seconds, so speeds must be in tokens/s, not relative."
             )
+        if self.table is not None:
+            if self.planes is not None:
+                raise ProblemError("Cluster has planes and a table: give one latency model.")
+            if self.table.ranks != speeds.size:
+                raise ProblemError(
+                    f"Cluster has {speeds.size} ranks but the table has {self.table.ranks}: "
+                    "give one row of times for each rank."
+                )
+            if not np.allclose(speeds, self.table.speeds, rtol=1e-9, atol=0.0):
+                raise ProblemError(
+                    "With a table, speeds must be its tokens per second at best "
+                    f"({self.table.speeds.tolist()}), got {speeds.tolist()}. "
+                    "Use Cluster.from_table, or leave the speeds of an instance file out."
+                )
         object.__setattr__(self, "speeds", speeds)
         object.__setattr__(self, "slots", slots)
         object.__setattr__(self, "nodes", nodes)
@@ -188,6 +165,84 @@ class Cluster:
         planes = Planes(startup=startup, activation=activation, compute=compute / steepest)
         return replace(built, planes=planes)
 
+    @classmethod
+    def from_table(cls, tokens: Any, seconds: Any, slots: Any, nodes: Any = 1) -> "Cluster":
+        """Build a cluster whose ranks take measured times.
+
+        Parameters
+        ----------
+        tokens : array-like [points] or [ranks, points]
+        seconds : array-like [ranks, points]
+        slots, nodes
+            As in `from_speeds`.
+
+        Raises
+        ------
+        ProblemError
+            As `Table` and the class do.
+        """
+        table = Table(tokens=tokens, seconds=seconds)
+        return replace(cls.from_speeds(table.speeds, slots, nodes), table=table)
+
+    @classmethod
+    def from_profile(
+        cls,
+        file: Any,
+        slots: Any,
+        nodes: Any = 1,
+        *,
+        uuids: Sequence[str] | None = None,
+        hosts: Sequence[str] | None = None,
+        model: str = "planes",
+        **wanted: Any,
+    ) -> "Cluster":
+        """Build a cluster of the GPUs that ranks have, by the times of a profile.
+
+        Parameters
+        ----------
+        file : path or Profile
+            Of `moeplace calibrate`.
+        slots, nodes
+            As in `from_speeds`.
+        uuids : sequence of str [ranks], optional
+            Device of each rank: ranks change GPUs when a job restarts. By default the devices of
+            the latest measuring job, in its order.
+        hosts : sequence of str [ranks], optional
+            Machine of each rank; not compared by default.
+        model : str
+            As in `moeplace.fit.fit`; GPUs that cannot be told apart count as equal.
+        **wanted
+            What else `moeplace.profile.match` takes: phase, kernel, dtype, now, max_age_days.
+
+        Returns
+        -------
+        Cluster
+            With equal relative speeds, and one warning logged, where an entry is missing, stale
+            or measured otherwise than the others.
+
+        Raises
+        ------
+        FormatError
+            If the file cannot be read.
+        ProblemError
+            If it has no devices and none are given, or the fit or the class refuses.
+        """
+        from moeplace.fit import fit
+        from moeplace.profile import Profile, match, measured_devices, read_profile
+        from moeplace.samples import Samples
+
+        profile = file if isinstance(file, Profile) else read_profile(file)
+        devices = measured_devices(profile) if uuids is None else list(uuids)
+        if not devices:
+            raise ProblemError(
+                "The profile has no devices, and no uuids are given: nothing says how many ranks "
+                "there are. Calibrate, or give the device of each rank."
+            )
+        entries = match(profile, devices, hosts=hosts, **wanted).entries
+        if entries is None:
+            return cls.from_speeds(np.ones(len(devices)), slots, nodes, "relative")
+        return fit(Samples.of(entries), model).cluster(slots, nodes)  # type: ignore[arg-type]
+
     @property
     def ranks(self) -> int:
         """Number of EP ranks."""
@@ -215,22 +270,54 @@ class Cluster:
 
     def seconds(self, tokens: FloatArray, activated: FloatArray | None = None) -> FloatArray:
         """Time of each rank for its tokens and activated replicas, [..., ranks] -> the same."""
+        if self.table is not None:
+            return self.table.at(tokens)
         if self.planes is None:
             return tokens / self.speeds
         replicas = np.zeros(1) if activated is None else activated
-        most = np.zeros(np.broadcast_shapes(tokens.shape, replicas.shape))
-        planes = self.planes
-        for startup, activation, compute in zip(
-            planes.startup, planes.activation, planes.compute, strict=True
-        ):
-            plane = startup + activation * replicas + compute * (tokens / self.speeds)
-            most = np.maximum(most, plane)
-        return np.where((tokens > 0) | (replicas > 0), most, 0.0)
+        return self.planes.seconds(tokens, replicas, self.speeds)
+
+    @property
+    def nonlinear(self) -> bool:
+        """Whether latency is more than tokens / speed, so that the scale of loads matters."""
+        return self.planes is not None or self.table is not None
+
+    @cached_property
+    def knots(self) -> Knots:
+        """Corners of what n tokens take a rank at the least, whatever it activates."""
+        if self.table is not None:
+            knots = self.table.tokens, self.table.seconds, self.table.rate
+        elif self.planes is not None:
+            knots = self.planes.knots(self.speeds)
+        else:
+            nothing = np.zeros((self.ranks, 1))
+            knots = nothing, nothing, self.speeds
+        at, height, rate = (frozen(array) for array in knots)
+        return at, height, rate
+
+    def tokens_by(self, seconds: FloatArray) -> FloatArray:
+        """Most tokens of each rank that take at most `seconds` [..., 1 or ranks]; 0 if none.
+
+        Whatever it activates: the inverse of the least time. For a table that is not convex it
+        is the inverse of its monotone envelope, which is all that bounds need.
+        """
+        return tokens_by(self.knots, seconds)
+
+    def of(self, ranks: Any) -> "Cluster":
+        """The cluster of some ranks, nodes as they are."""
+        assert self.nodes is not None
+        return replace(
+            self,
+            speeds=self.speeds[ranks],
+            slots=self.slots[ranks],
+            nodes=self.nodes[ranks],
+            table=None if self.table is None else self.table.of(ranks),
+        )
 
     def fluid_seconds(self, tokens: FloatArray, base: FloatArray) -> FloatArray:
         """Makespan if tokens could be poured freely over the ranks on top of their base load.
 
-        By speed alone: `Planes` add to it (see `bounds.planes`).
+        Whatever ranks activate: that adds to it under `Planes` (see `bounds.planes`).
 
         Parameters
         ----------
@@ -242,9 +329,11 @@ class Cluster:
         Returns
         -------
         array [...]
-            Least T with sum over ranks with slots of (T v_g - b_g)+ >= tokens, and at least
-            every rank's base time. No plan can be faster: it is the fluid bound.
+            Least T with sum over ranks with slots of (tokens_by(T)_g - b_g)+ >= tokens, and at
+            least every rank's base time. No plan can be faster: it is the fluid bound.
         """
+        if self.nonlinear:
+            return self._poured(tokens, base)
         base_seconds = base / self.speeds
         if not base.any():
             return np.asarray(tokens / self.speeds[self.slots > 0].sum())
@@ -259,3 +348,25 @@ class Cluster:
         reached = (tokens[..., None] + filled) / speed
         fluid = np.where(np.isfinite(level), reached, np.inf).min(axis=-1)
         return np.asarray(np.maximum(fluid, base_seconds.max(axis=-1)))
+
+    def _poured(self, tokens: FloatArray, base: FloatArray) -> FloatArray:
+        """`fluid_seconds` by bisection: any monotone model."""
+        holds = self.slots > 0
+        low = self.seconds(base).max(axis=-1)
+        low = np.broadcast_to(low, np.broadcast_shapes(low.shape, tokens.shape)).copy()
+
+        def short(seconds: FloatArray) -> FloatArray:
+            room = np.maximum(self.tokens_by(seconds[..., None]) - base, 0.0)
+            return np.asarray(room[..., holds].sum(axis=-1) < tokens)
+
+        open_ = short(low)
+        high = np.maximum(low, tokens / self.speeds[holds].sum())  # never enough, but above 0
+        while (more := short(high)).any():
+            low, high = np.where(more, high, low), np.where(more, 2 * high, high)
+        for _ in range(60):
+            middle = 0.5 * (low + high)
+            more = short(middle)
+            low, high = np.where(more, middle, low), np.where(more, high, middle)
+            if (high - low <= 1e-15 * high).all():
+                break
+        return np.where(open_, high, low)

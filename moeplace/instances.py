@@ -15,6 +15,7 @@ from moeplace.constraints import (
     Constraint,
     Forbid,
     MaxMoves,
+    MaxOffNode,
     MaxReplicas,
     NodeGroups,
     Pin,
@@ -22,7 +23,8 @@ from moeplace.constraints import (
     TokenCapacity,
 )
 from moeplace.errors import PlanError, ProblemError
-from moeplace.hardware import Cluster, Planes, SpeedUnit
+from moeplace.hardware import Cluster, SpeedUnit
+from moeplace.latency import Planes, Table
 from moeplace.loads import LoadHistogram, Phase
 from moeplace.plan import EMPTY, Plan
 from moeplace.problem import Objective, Problem, Routing
@@ -54,12 +56,18 @@ class _Planes(msgspec.Struct, forbid_unknown_fields=True):
     compute: list[float]
 
 
+class _Table(msgspec.Struct, forbid_unknown_fields=True):
+    tokens: list[list[float]]
+    seconds: list[list[float]]
+
+
 class _Cluster(msgspec.Struct, forbid_unknown_fields=True):
-    speeds: list[float]
     slots: list[_Int]
+    speeds: list[float] | None = None
     nodes: list[_Int] | None = None
     speed_unit: SpeedUnit = "tokens/s"
     planes: _Planes | None = None
+    table: _Table | None = None
 
 
 class _Rule(msgspec.Struct, forbid_unknown_fields=True, tag_field="type"):
@@ -99,6 +107,10 @@ class _ReplicaBudget(_Rule, tag="replica-budget"):
     total: int
 
 
+class _MaxOffNode(_Rule, tag="max-off-node"):
+    fraction: float
+
+
 class InstanceFile(msgspec.Struct, forbid_unknown_fields=True):
     """Our JSON, field by field; `instances/README.md` describes it."""
 
@@ -112,7 +124,14 @@ class InstanceFile(msgspec.Struct, forbid_unknown_fields=True):
     routing: Routing = "even"
     objective: Objective = "mean"
     constraints: list[
-        _Pin | _Forbid | _MaxMoves | _NodeGroups | _TokenCapacity | _MaxReplicas | _ReplicaBudget
+        _Pin
+        | _Forbid
+        | _MaxMoves
+        | _NodeGroups
+        | _TokenCapacity
+        | _MaxReplicas
+        | _ReplicaBudget
+        | _MaxOffNode
     ] = []
     base_load: msgspec.Raw = msgspec.Raw(b"null")
     layer_weight: list[float] | None = None
@@ -147,10 +166,16 @@ def from_file(path: PathLike, file: "InstanceFile", root: str = "$") -> Problem:
         if isinstance(rule, _MaxMoves):
             check_full(path, rule.current, f"{root}.constraints[{i}].current", 2)
     loads, cluster = msgspec.structs.asdict(file.loads), msgspec.structs.asdict(file.cluster)
-    planes = cluster.pop("planes")
+    planes, table = cluster.pop("planes"), cluster.pop("table")
     try:
         if planes is not None:
             cluster["planes"] = Planes(**msgspec.structs.asdict(planes))
+        if table is not None:
+            cluster["table"] = Table(**msgspec.structs.asdict(table))
+            if cluster["speeds"] is None:
+                cluster["speeds"] = cluster["table"].speeds
+        elif cluster["speeds"] is None:
+            raise ProblemError("Cluster has no speeds: give one for each rank, or a table.")
         problem = Problem(
             LoadHistogram(**loads),
             Cluster(**cluster),
@@ -207,6 +232,11 @@ def as_file(problem: Problem, notes: str = "") -> dict[str, Any]:
             name: plain(getattr(cluster.planes, name))
             for name in ("startup", "activation", "compute")
         }
+    if cluster.table is not None:
+        file["cluster"]["table"] = {
+            "tokens": plain(cluster.table.tokens),
+            "seconds": plain(cluster.table.seconds),
+        }
     if problem.objective == "cvar":
         file["cvar_alpha"] = float(problem.cvar_alpha)
     if problem.constraints:
@@ -240,7 +270,7 @@ def _constraint(rule: _Rule, file: InstanceFile) -> Constraint:
         return MaxMoves(current, per_layer=rule.per_layer, total=rule.total)
     kinds: dict[type[_Rule], type[Constraint]]
     kinds = {_Pin: Pin, _Forbid: Forbid, _NodeGroups: NodeGroups, _MaxReplicas: MaxReplicas}
-    kinds |= {_TokenCapacity: TokenCapacity, _ReplicaBudget: ReplicaBudget}
+    kinds |= {_TokenCapacity: TokenCapacity, _ReplicaBudget: ReplicaBudget, _MaxOffNode: MaxOffNode}
     return kinds[type(rule)](**msgspec.structs.asdict(rule))
 
 
@@ -266,6 +296,8 @@ def _rule(constraint: Constraint) -> dict[str, Any]:
         return {"type": "max-replicas", "limit": np.asarray(constraint.limit).tolist()}
     if isinstance(constraint, ReplicaBudget):
         return {"type": "replica-budget", "total": int(constraint.total)}
+    if isinstance(constraint, MaxOffNode):
+        return {"type": "max-off-node", "fraction": float(constraint.fraction)}
     assert_never(constraint)
 
 
@@ -297,7 +329,8 @@ def generate(
         "equal": all 1. "het": N(1, 0.05) clipped to 0.85 .. 1.15, and one random rank at 0.85.
         A float s >= 0: evenly spaced from v to (1 + s) v with mean 1, so that max / min - 1
         is s, and shuffled; 0 is equal. An array: measured relative speeds, in rank order.
-    routing : {"even", "weighted"}
+    routing : str
+        As in `Problem`.
 
     Returns
     -------

@@ -163,7 +163,7 @@ class FewMoves:
         assert rules is not None
         row, rank = rules.current.slots[layer], rules.current.rank_of_slot
         load, base = problem.tokens[window, layer], problem.base[window, layer]
-        self.speeds, self.capacity = problem.cluster.speeds, problem.capacity
+        self.cluster, self.capacity = problem.cluster, problem.capacity
         total = float(load.sum() + base.sum())
         self.scale = GRID / total if total > 0 else 1.0
         whole = np.floor(load * self.scale).astype(np.int64)
@@ -197,7 +197,8 @@ class FewMoves:
 
         False also if that is not decided within so many nodes.
         """
-        room = np.minimum(seconds * self.speeds, self.capacity) * self.scale * (1 + 1e-12)
+        room = np.minimum(self.cluster.tokens_by(np.array([seconds])), self.capacity)
+        room = room * self.scale * (1 + 1e-12)
         cap = np.floor(np.minimum(room, GRID * 4)).astype(np.int64)
         answer = _excludes(
             self.load, self.hold, self.holders, self.carried, cap, self.single, self.singles,

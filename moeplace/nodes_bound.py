@@ -12,12 +12,13 @@ from functools import lru_cache
 import numpy as np
 
 from moeplace._check import FloatArray, IntArray
-from moeplace.hardware import Cluster
 from moeplace.loads import LoadHistogram
 from moeplace.problem import Problem
 
 #: Most groups, and most pairs of a node and a set of groups that it may hold.
 GROUPS, PAIRS = 10, 600
+#: Time limit for each layer from which on it is tried: several times what it takes.
+SECONDS = 0.012
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,6 +35,13 @@ class Shared:
 
     bound: FloatArray
     node_of: IntArray
+
+
+def affordable(problem: Problem, seconds: float | None) -> bool:
+    """Whether `share_groups` is of use and takes a small part of so many seconds."""
+    return problem.node_groups is not None and (
+        seconds is None or seconds >= SECONDS * problem.layers
+    )
 
 
 @lru_cache(maxsize=2)  # bound and search ask for the same
@@ -65,7 +73,7 @@ def share_groups(problem: Problem) -> Shared | None:
     shape = (problem.windows, problem.layers)
     cost = np.full((nodes, sets.size, *shape), np.inf)
     for at in range(nodes):
-        base = problem.base[:, :, node == at] / problem.cluster.speeds[node == at]
+        base = problem.cluster.seconds(problem.base)[:, :, node == at]
         cost[at, 0] = base.max(axis=2) if base.shape[2] else 0.0
     for at, chosen in pairs:
         inside = np.flatnonzero(members[chosen][groups])
@@ -113,12 +121,7 @@ def _alone(
     every = np.broadcast_to(problem.base_load, problem.base.shape)
     return Problem(
         LoadHistogram(tokens=loads.tokens[:, :, experts], passes=loads.passes, phase=loads.phase),
-        Cluster(
-            speeds=cluster.speeds[ranks],
-            slots=cluster.slots[ranks],
-            speed_unit=cluster.speed_unit,
-            planes=cluster.planes,
-        ),
+        cluster.of(ranks),
         routing=problem.routing,
         base_load=every[:, :, ranks],
         window_weight=problem.window_weight,

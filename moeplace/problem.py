@@ -14,6 +14,7 @@ from moeplace.constraints import (
     Constraint,
     Forbid,
     MaxMoves,
+    MaxOffNode,
     MaxReplicas,
     NodeGroups,
     Pin,
@@ -24,11 +25,11 @@ from moeplace.errors import ProblemError
 from moeplace.hardware import Cluster
 from moeplace.loads import LoadHistogram
 
-Routing = Literal["even", "weighted"]
+Routing = Literal["even", "weighted", "sglang-static", "ascend", "sglang-lp"]
 Objective = Literal["mean", "worst", "cvar"]
 
 _RULES = get_args(Constraint)
-_ONCE = (MaxMoves, NodeGroups, TokenCapacity, MaxReplicas, ReplicaBudget)
+_ONCE = (MaxMoves, NodeGroups, TokenCapacity, MaxReplicas, ReplicaBudget, MaxOffNode)
 R = TypeVar("R")
 
 
@@ -40,9 +41,10 @@ class Problem:
     ----------
     loads : LoadHistogram
     cluster : Cluster
-    routing : {"even", "weighted"}
+    routing : {"even", "weighted", "sglang-static", "ascend", "sglang-lp"}
         How the engine shares an expert's tokens over its replicas: evenly (vLLM,
-        TensorRT-LLM, SGLang dynamic), or by shares that the plan chooses.
+        TensorRT-LLM, SGLang dynamic), by shares that the plan chooses, or by an engine's own
+        rule (`moeplace.dispatch` has them; "sglang-static" uses the cluster's nodes).
     objective : {"mean", "worst", "cvar"}
         Over windows, of the step time (the sum over layers of the slowest rank's time). CVaR
         is the mean of the worst 1 - `cvar_alpha` of the windows, by their weights.
@@ -149,10 +151,10 @@ class Problem:
             raise ProblemError(
                 f"The CVaR alpha must be a number from 0 up to, but not, 1, got {alpha!r}."
             )
-        if self.cluster.planes is not None and self.loads.passes is None:
+        if self.cluster.nonlinear and self.loads.passes is None:
             raise ProblemError(
-                "Latency planes need tokens per forward pass: give the loads `passes`, the "
-                "number of forward passes in each window."
+                "Latency planes and tables need tokens per forward pass: give the loads `passes`, "
+                "the number of forward passes in each window."
             )
         for rule in _ONCE:
             if sum(isinstance(constraint, rule) for constraint in constraints) > 1:
@@ -254,6 +256,12 @@ class Problem:
         """The rule on expert groups, if there is one."""
         return self._only(NodeGroups)
 
+    @property
+    def max_off_node(self) -> float | None:
+        """Share of the copies of tokens that may leave their node, if that is limited."""
+        rule = self._only(MaxOffNode)
+        return None if rule is None else float(rule.fraction)
+
     def _only(self, kind: type[R]) -> R | None:
         return next((rule for rule in self.constraints if isinstance(rule, kind)), None)
 
@@ -316,7 +324,7 @@ class Problem:
         for key in (*map(str.encode, choices), *rules):
             state.update(key + b"\0")
         cluster = self.cluster
-        planes = cluster.planes
+        planes, table = cluster.planes, cluster.table
         for array in (
             self.tokens,
             self.base,
@@ -326,6 +334,7 @@ class Problem:
             cluster.slots,
             cluster.nodes,
             *(() if planes is None else (planes.startup, planes.activation, planes.compute)),
+            *(() if table is None else (table.tokens, table.seconds)),
         ):
             assert array is not None
             state.update(repr((array.dtype.str, array.shape)).encode())

@@ -119,6 +119,10 @@ def solve(
             f"Warm start, solver options and solver log are for {', '.join(EXACT)}, not for "
             f"{method}."
         )
+    if method in EXACT:
+        from moeplace.exact.model import refuse_table
+
+        refuse_table(problem)
     if method in EXACT and work_limit is not None and not _has_work(method):
         raise ProblemError(f"{method} has no deterministic measure of work: give a time limit.")
     for name, value, least in (("seed", seed, 0), ("workers", workers, 1)):
@@ -129,11 +133,13 @@ def solve(
         problem.windows > 1,
         start is not None or problem.max_moves is not None,
         problem.node_groups is not None,
+        "even" if problem.routing == "weighted" else problem.routing,
+        problem.cluster.nonlinear,
     )
     if method in EXACT:
         import ortools.sat.python.cp_model  # noqa: F401 - loaded before the clock starts
     began = time.perf_counter()
-    bound = lower_bound(problem)
+    bound = lower_bound(problem, time_limit)
     reason = explain_infeasible(problem) or refuted(problem, bound)
     if reason is not None:
         return Result(

@@ -104,7 +104,11 @@ def some_rows(name: str, folder: Path) -> list[Row]:
     return list(islice(SUITES[name](folder), number))
 
 
-@pytest.mark.parametrize("name", SUITES)
+#: Suites of live systems: tests/test_bench_live.py.
+LIVE = {"drift", "drift-real", "moves", "robust"}
+
+
+@pytest.mark.parametrize("name", [name for name in SUITES if name not in LIVE])
 def test_every_suite_makes_a_table(name: str, calls: Calls, shipped: Path) -> None:
     rows = some_rows(name, shipped)
     text = markdown(name, rows)

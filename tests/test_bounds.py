@@ -207,7 +207,7 @@ def test_each_compiled_argument_is_its_numpy_twin(one: Problem, factor: float) -
     used = np.sort(row.caps[row.caps > 0])
     fewest, most = (np.concatenate([[0], caps.cumsum()]) for caps in (used, used[::-1]))
     prefix = np.concatenate([[0.0], row.loads.cumsum()])
-    rest = (row.loads, prefix, row.base, row.speeds, row.caps, fewest, most, row.unit)
+    rest = (row.loads, prefix, row.base, row.knots, row.caps, fewest, most, row.unit)
     rest += (row.capacity, row.copies)
     for kind, (name, refutes) in enumerate(ARGUMENTS.items()):
         applies = {

@@ -288,6 +288,22 @@ def test_evaluate_says_how_good_a_plan_is(run: Run, tmp_path: Path) -> None:
     assert found["violations"] == []
 
 
+def test_bytes_that_leave_rank_and_node_are_told_if_asked(run: Run, tmp_path: Path) -> None:
+    here = saved(tmp_path / "in.json", GOOD)
+    plan = saved(tmp_path / "plan.json", PLAN)
+    options = ("--hidden", "100", "--top-k", "2")
+    answer = run("evaluate", here, plan, *options)
+    assert answer.fact("each token") == "800 bytes leave their rank, 0 their node"
+    sent = {"off_rank_bytes_per_token": 800.0, "off_node_bytes_per_token": 0.0}
+    assert run("evaluate", here, plan, *options, "--json").json["traffic"] == sent
+    text = run("compare", here, *QUICK, *options).out
+    assert re.search(r"bytes for each token +off rank +off node\ncontiguous +800 +0\n", text)
+    told = run("compare", here, *QUICK, *options, "--json").json["traffic"]
+    assert told["moeplace (auto)"] == sent
+    refused(run("evaluate", here, plan, "--hidden", "0"), "hidden size must be above 0")
+    refused(run("evaluate", here, plan, "--hidden", "9", "--top-k", "0"), "must be above 0, got 0")
+
+
 def test_bound_is_proven_and_checked_again(run: Run) -> None:
     answer = run("bound", TOY)
     assert answer.code == 0

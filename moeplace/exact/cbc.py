@@ -15,6 +15,8 @@ from moeplace.exact.solvers import Answer, Request, lowered
 
 #: Seconds that CBC has to write its solution once it was told to stop.
 PATIENCE = 3.0
+#: What CBC's log says of a model without solutions (the objective is bounded).
+INFEASIBLE = "^(Problem is infeasible|Pre-processing says infeasible|Result - Problem proven inf)"
 
 
 def to_pulp(model: Model, hint: Any = None) -> tuple[Any, list[Any]]:
@@ -77,6 +79,7 @@ def solve(model: Model, request: Request) -> Answer:
             "timeMode": "elapsed",
             "ratioGap": request.gap,
             "allowableGap": 0,
+            "increment": 1e-9,  # solutions that are better by less are not looked for
             "primalTolerance": 1e-9,
             "randomCbcSeed": request.seed + 1,
             **request.options,
@@ -101,15 +104,15 @@ def solve(model: Model, request: Request) -> Answer:
         if request.log is not None:
             request.log(line)
     text = "\n".join(lines)
-    if status == pulp.LpSolutionInfeasible and "infeasible" in text:
+    solved = status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible)
+    if not solved and re.search(INFEASIBLE, text, re.MULTILINE):
         return Answer(ended="infeasible", bound=np.inf)
     proven = status == pulp.LpSolutionOptimal and "Result - Optimal solution found" in text
-    solved = proven or status == pulp.LpSolutionIntegerFeasible
     values = np.array([found[variable.name] for variable in variables], dtype=float)
     bound = -np.inf
     if proven and request.gap == 0:
-        bound = float(model.cost @ values)  # CBC writes the objective alone when both agree
-    elif possible := re.findall(r"best possible ([-+.e\d]+)", text):
+        bound = float(model.cost @ values)  # then CBC writes the objective alone
+    elif possible := re.findall(r"best possible ([-+.\de]+)", text):
         bound = float(possible[-1])
     elif rounded := re.findall(r"^Lower bound: +(\S+)", text, re.MULTILINE):
         bound = float(rounded[-1]) - 5e-4  # three digits, rounded up as well as down

@@ -10,12 +10,16 @@ from moeplace.exact.model import Model
 from moeplace.exact.solvers import Answer, Request
 
 #: Steps of a continuous column of range 1: makespans, whose error is the bound's, and shares.
-GRID, SHARES = 1 << 30, 1 << 25
+GRID, SHARES = 1 << 24, 1 << 22
+#: Relative gaps below this are the grid's; CP-SAT may take minutes for the last of them.
+LEAST_GAP = 1e-7
 #: Continuous columns take at most 2**RANGE values.
-RANGE = 40
-#: Rows are scaled by these powers of two, with and without whole columns: sums stay below 2**62,
-#: and the factor of a makespan stays exact.
-MIXED, CONTINUOUS = 46, 50
+RANGE = 34
+#: The objective stays below 2**OBJECTIVE: far larger ones make CP-SAT slow, and deaf to limits.
+OBJECTIVE = 50
+#: Rows are scaled by powers of two (so that the factor of a makespan stays exact): sums stay below
+#: 2**LARGEST, and with whole columns less is enough, 2**MIXED.
+LARGEST, MIXED = 50, 40
 
 
 def to_integers(model: Model) -> tuple[Any, list[Any], float, FloatArray]:
@@ -34,14 +38,15 @@ def to_integers(model: Model) -> tuple[Any, list[Any], float, FloatArray]:
     from ortools.sat.python import cp_model
 
     made = cp_model.CpModel()
-    shares = ~model.whole & (model.cost == 0) & (model.high <= 1.0)
+    shares = ~model.whole & (model.low == 0) & (model.high == 1.0)
     widest = np.frexp(np.maximum(model.high, 1.0))[1]  # sums of a row stay below 2**62
     grid = np.minimum(float(GRID), 2.0 ** (RANGE - widest))
     steps = np.where(model.whole, 1.0, np.where(shares, float(SHARES), grid))
     variables = []
     for n, name in enumerate(model.columns):
-        least = int(np.floor(model.low[n] * steps[n] - 1e-6))
-        high = int(np.floor(model.high[n] * steps[n] + 1e-6))
+        low, most = float(model.low[n]), float(model.high[n])
+        least = round(low) if model.whole[n] else int(np.floor(low * steps[n] - 1e-6))
+        high = round(most) if model.whole[n] else int(np.floor(most * steps[n] + 1e-6))
         variables.append(made.new_int_var(max(least, 0), max(high, least, 0), name))
     start, index, value = model.rows.indptr, model.rows.indices, model.rows.data
     for row in range(len(model.row_names)):
@@ -66,13 +71,17 @@ def to_integers(model: Model) -> tuple[Any, list[Any], float, FloatArray]:
             a = sign * factors
             q = steps[columns]
             loose = (~model.whole[columns] & (a < 0)) * np.abs(a) / q
-            power = CONTINUOUS if (q > 1).all() else MIXED
-            scale = 2.0 ** (power - max(np.frexp(np.abs(a).max())[1], 0))
+            widest_sum = np.abs(a) @ np.maximum(model.high[columns], 1.0 / q)
+            power = LARGEST if (q > 1).all() else MIXED
+            power = min(
+                power - max(np.frexp(np.abs(a).max())[1], 0), LARGEST - np.frexp(widest_sum)[1]
+            )
+            scale = 2.0**power
             rounded = np.floor(a / q * scale).astype(np.int64)
             right = int(np.floor((most + loose.sum()) * scale))
             made.add(cp_model.LinearExpr.weighted_sum(mine, rounded) <= right)
     priced = float(np.abs(model.cost) @ np.maximum(model.high, 1.0))
-    scale = 2.0 ** (58 - np.frexp(priced)[1])
+    scale = 2.0 ** (OBJECTIVE - np.frexp(priced)[1])
     cost = np.floor(model.cost / steps * scale).astype(np.int64)
     used = np.flatnonzero(cost)
     made.minimize(cp_model.LinearExpr.weighted_sum([variables[n] for n in used], cost[used]))
@@ -91,7 +100,7 @@ def solve(model: Model, request: Request) -> Answer:
     options = solver.parameters
     options.num_workers = request.workers
     options.random_seed = request.seed
-    options.relative_gap_limit = request.gap
+    options.relative_gap_limit = max(request.gap, LEAST_GAP)
     options.catch_sigint_signal = False
     # With this step of presolve CP-SAT 9.15 lost the optimum of a model with a budget of replicas
     # over two layers, and claimed a bound above a known plan.

@@ -31,6 +31,7 @@ from scipy import sparse
 from moeplace._check import BoolArray, FloatArray, IntArray
 from moeplace.constraints import CAPACITY_SLACK, MaxMoves
 from moeplace.dispatch import shares
+from moeplace.errors import ProblemError
 from moeplace.evaluate import Evaluation, evaluate
 from moeplace.plan import EMPTY, Plan
 from moeplace.problem import Problem
@@ -105,8 +106,7 @@ class Model:
         share = shares(problem, plan)
         share = np.broadcast_to(share, (problem.windows, *share.shape[-2:]))
         for block in self.blocks:
-            tokens = priced.rank_tokens[block.window, block.layer]
-            block.fill(found, plan, share[:, block.layer], tokens)
+            block.fill(found, plan, share[:, block.layer])
             for window, column in enumerate(block.time):
                 if column >= 0:
                     found[column] = priced.makespan[window, block.layer] / block.unit[window]
@@ -133,7 +133,9 @@ class _LayerColumns:
     window: int  # the one with most tokens, by which equal ranks are ordered
     place: IntArray  # weighted: [experts, ranks] columns of x, -1 where none
     share: IntArray  # weighted: [windows, experts, ranks] columns of y, -1 where none
+    load: FloatArray  # [experts] in that window
     level: list[tuple[IntArray, int]]  # of each expert: fewest copies [levels], column of z or -1
+    top: list[IntArray]  # most copies [levels]
     alike: list[list[int]]  # ranks that may be exchanged
     at: dict[tuple[int, int], IntArray]  # (expert, level) -> [ranks] columns, -1 where none
     options: dict[int, list[tuple[int, frozenset[int], int]]]  # column, kept ranks, received
@@ -141,20 +143,25 @@ class _LayerColumns:
     groups: IntArray | None
     nodes: IntArray | None
 
-    def fill(self, values: FloatArray, plan: Plan, split: FloatArray, tokens: FloatArray) -> None:
-        """Write the plan into `values` [columns].
+    def _level(self, expert: int, copies: int) -> int:
+        """The level that holds so many copies."""
+        return max(int(np.searchsorted(self.level[expert][0], copies, "right")) - 1, 0)
 
-        Slots take shares `split` [windows, slots] of their experts, ranks run `tokens` [ranks].
-        """
+    def fill(self, values: FloatArray, plan: Plan, split: FloatArray) -> None:
+        """Write the plan, whose slots take shares `split` [windows, slots], into `values`."""
         held = np.zeros((plan.experts, plan.ranks), dtype=np.bool_)
         row = plan.slots[self.layer]
         used, at = row[row >= 0], plan.rank_of_slot[row >= 0]
         held[used, at] = True
         share = np.zeros((len(self.time), *held.shape))
         share[:, used, at] = split[:, row >= 0]
+        tokens = self.load @ share[self.window]
+        if self.level:  # of joined levels the model sees the smallest share
+            copies = held.sum(axis=1)
+            most = [tops[self._level(e, copies[e])] for e, tops in enumerate(self.top)]
+            tokens = (self.load / most) @ held
         for ranks in self.alike:  # in the order that the model asks for
-            carried = np.array([tokens[rank] for rank in ranks])
-            order = np.argsort(-carried, kind="stable")
+            order = np.argsort(-tokens[ranks], kind="stable")
             held[:, ranks] = held[:, [ranks[n] for n in order]]
             share[:, :, ranks] = share[:, :, [ranks[n] for n in order]]
         for expert, options in self.options.items():
@@ -171,8 +178,7 @@ class _LayerColumns:
             for expert, (counts, z) in enumerate(self.level):
                 if expert in self.options:
                     continue
-                copies = int(held[expert].sum())
-                mine = max(int(np.searchsorted(counts, copies, "right")) - 1, 0)
+                mine = self._level(expert, int(held[expert].sum()))
                 for level in range(counts.size):
                     columns = self.at[expert, level]
                     used = columns >= 0
@@ -245,6 +251,15 @@ class _Builder:
         return rows
 
 
+def refuse_table(problem: Problem) -> None:
+    """Raise ProblemError if latency is a table: its times need not be convex, rows are."""
+    if problem.cluster.table is not None:
+        raise ProblemError(
+            "Exact methods cannot hold a latency table, whose times need not be convex. Use method "
+            "auto, or fit planes to the times (moeplace fit)."
+        )
+
+
 def build(
     problem: Problem,
     layers: Sequence[int],
@@ -276,7 +291,20 @@ def build(
         layers.
     symmetry : bool
         Whether equal ranks and equal experts are ordered.
+
+    Raises
+    ------
+    ProblemError
+        If the formulation does not know the routing or a rule.
     """
+    refuse_table(problem)
+    unknown = None
+    if problem.routing not in ("even", "weighted"):
+        unknown = f"{problem.routing} routing"
+    elif problem.max_off_node is not None:
+        unknown = "MaxOffNode"
+    if unknown is not None:
+        raise ProblemError(f"Exact methods do not know {unknown}: use method auto.")
     coupled = window_weight is None
     weight = problem.window_weight if window_weight is None else window_weight
     unit = (
@@ -459,7 +487,9 @@ class _Layer:
             alike=[ranks for ranks in self.alike if len(ranks) > 1],
             place=self.place,
             share=self.share,
+            load=self.tokens[self.window],
             level=self.level,
+            top=self.top,
             at=self.at,
             options=self.options,
             node=self.node,
@@ -519,7 +549,7 @@ class _Layer:
                 for column in used:
                     make.row(f"on_{make.columns[column]}", [column, z + n], [1, -1], -np.inf, 0)
             if z >= 0:
-                for rank in np.flatnonzero(self.pinned[expert]).tolist():
+                for rank in np.flatnonzero(self.pinned[expert] & self.allowed[expert]).tolist():
                     every = [self.at[expert, n][rank] for n in range(counts.size)]
                     held = [column for column in every if column >= 0]
                     make.row(f"pin_l{layer}_e{expert}_g{rank}", held, 1.0, 1.0, np.inf)
@@ -539,7 +569,7 @@ class _Layer:
         limit = int(rules.allowance()[layer])
         if rules.total is not None:
             limit = min(limit, rules.total)
-        pinned = set(np.flatnonzero(self.pinned[expert]).tolist())
+        pinned = set(np.flatnonzero(self.pinned[expert] & self.allowed[expert]).tolist())
         elsewhere = np.flatnonzero(self.allowed[expert] & ~self.old[expert]).tolist()
         limit = min(limit, len(elsewhere))
         if 2 ** len(before) * (limit + 1) > OPTIONS:
@@ -630,7 +660,7 @@ class _Layer:
                 pinned = bool(self.pinned[expert, rank])
                 self.place[expert, rank] = self._replica(name, expert, rank, pinned)
             used = self.place[expert][self.place[expert] >= 0]
-            make.row(f"copies_l{layer}_e{expert}", used, 1.0, 1.0, float(max(most[expert], 1)))
+            make.row(f"copies_l{layer}_e{expert}", used, 1.0, 1.0, max(float(most[expert]), 1.0))
         for window in np.flatnonzero(self.busy).tolist():
             for expert in np.flatnonzero(self.tokens[window] > 0).tolist():
                 ranks = np.flatnonzero(self.place[expert] >= 0).tolist()

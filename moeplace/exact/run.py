@@ -1,8 +1,9 @@
 """Exact methods at work: models of layers, time spent where the gap is, claims collected."""
 
+import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,8 @@ from moeplace.search.portfolio import Run
 #: Replicas that may exist, over all layers, up to which layers that depend on each other make one
 #: model; beyond, prices stand for the rules over all layers.
 WHOLE = 40_000
+#: Seconds that solvers have to stop when they are told to.
+PATIENCE = 5.0
 #: Rounds of prices and window weights.
 PRICES = 6
 #: A solver's deterministic second, in steps of the search.
@@ -192,6 +195,8 @@ class Exact:
     def _whole(self) -> None:
         """All layers in one model."""
         run, problem = self.run, self.problem
+        if self.left() == 0.0:
+            return
         cut = np.full(run.bound.per_layer.shape, np.inf)
         if run.best is not None and not self.cold:
             cut = cutoffs(problem, run.bound.per_layer, run.best, alone=False)
@@ -309,7 +314,7 @@ class Exact:
                 )
             self.infeasible = True
             return
-        value = answer.bound * model.unit
+        value = float(answer.bound * model.unit)
         if not np.isfinite(value):
             return
         if weight is None and run.best is not None:
@@ -335,19 +340,35 @@ class Exact:
         run.bound = with_claims(problem, run.bound, [claim])
 
     def _run(self, call: Callable[[Any], Any], tasks: list[Any], workers: int) -> list[Any]:
-        """Call in threads (solvers release the interpreter), so that Ctrl-C stops them all."""
-        with ThreadPoolExecutor(max(workers, 1)) as pool:
-            waiting: list[Future[Any]] = [pool.submit(call, task) for task in tasks]
-            try:
-                while wait(waiting, timeout=0.1).not_done:
-                    pass
-            except KeyboardInterrupt:
-                self.stop.stop()
-                for future in waiting:
-                    future.cancel()
-                wait(waiting)
-                self.interrupted = True
-            return [future.result() for future in waiting if not future.cancelled()]
+        """Call in threads (solvers release the interpreter), so that Ctrl-C stops them all.
+
+        A solver that does not stop within PATIENCE is left behind (HiGHS looks up now and then
+        only); its thread ends with the process.
+        """
+        waiting: list[Future[Any]] = [Future() for _ in tasks]
+        work = iter(list(zip(waiting, tasks, strict=True)))  # next() of it is atomic
+
+        def serve() -> None:
+            for future, task in work:
+                if not future.set_running_or_notify_cancel():
+                    continue
+                try:
+                    future.set_result(call(task))
+                except BaseException as error:
+                    future.set_exception(error)
+
+        for _ in range(min(max(workers, 1), len(tasks))):
+            threading.Thread(target=serve, daemon=True).start()
+        try:
+            while wait(waiting, timeout=0.1).not_done:
+                pass
+        except KeyboardInterrupt:
+            self.stop.stop()
+            for future in waiting:
+                future.cancel()
+            wait(waiting, timeout=PATIENCE)
+            self.interrupted = True
+        return [future.result() for future in waiting if future.done() and not future.cancelled()]
 
     interrupted: bool = False
 

@@ -156,7 +156,10 @@ def split_layer(tokens, base, speed, most, begin, slots, first, by_expert, share
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def shares(tokens, base, speed, most, begin, slots, split):  # type: ignore[no-untyped-def]
-    """Shares [windows, layers, slots] into `split` for slots [layers, slots]."""
+    """Shares [windows, layers, slots] into `split` for slots [layers, slots].
+
+    Base loads, speeds and capacities `most` are [windows, layers, ranks].
+    """
     windows, layers, experts = tokens.shape
     first = np.empty(experts + 1, dtype=np.int64)
     for layer in range(layers):
@@ -175,8 +178,8 @@ def shares(tokens, base, speed, most, begin, slots, split):  # type: ignore[no-u
             split_layer(
                 tokens[window, layer],
                 base[window, layer],
-                speed,
-                most,
+                speed[window, layer],
+                most[window, layer],
                 begin,
                 slots[layer],
                 first,

@@ -19,27 +19,32 @@ from moeplace.constraints import (
     ReplicaBudget,
     TokenCapacity,
 )
+from moeplace.dispatch import FIXED
 from moeplace.errors import PlanError, PolicyNotApplicable
 from moeplace.evaluate import Evaluation, evaluate
 from moeplace.hardware import Cluster
+from moeplace.latency import Planes
 from moeplace.loads import LoadHistogram
-from moeplace.nodes_bound import share_groups
+from moeplace.nodes_bound import affordable, share_groups
 from moeplace.plan import EMPTY, Plan
 from moeplace.policies import POLICIES
-from moeplace.problem import Problem
+from moeplace.problem import Problem, Routing
 from moeplace.result import Limits, Progress
 from moeplace.search.aims import Aims
 from moeplace.search.budget import allot, points
 from moeplace.search.construct import adopt, construct
 from moeplace.search.groups import grouped
 from moeplace.search.improve import improve
+from moeplace.search.latency import TrueTimes
 from moeplace.search.moves import Moves
 from moeplace.search.nodes import assign
 from moeplace.search.polish import Polish
+from moeplace.search.ruled import Ruled, local, undrawn
 from moeplace.search.split import at_best_shares, layer_makespan, resplit
 from moeplace.search.state import BARRED, HELD, PINNED, State, to_slots
 from moeplace.search.window import window
 from moeplace.search.windows import Windows
+from moeplace.topology import off_node_excess
 
 #: What is tried besides our own search, on layers where that leaves a gap.
 RIVALS = ("contiguous", "eplb", "vibe", "eplb_lpt")
@@ -53,6 +58,10 @@ STRIDE = 400_000
 #: the cost (what one exchange changes shrinks with the number of slots); few slots have few ways
 #: around a bad place, so their first threshold is at least the third number over their square.
 ROUNDS, HEAT, FEW_HEAT = 20, 0.18, 7.0
+#: The first threshold under latency planes or tables: this over the slots of a rank.
+TRUE_HEAT = 0.1
+#: The same threshold under a fixed dispatch rule, and search steps that a trial there counts as.
+RULED_HEAT, RULED_STEPS = 0.6, 8
 #: Share of time and work that a problem of several windows spends on the mean load.
 MEAN_SHARE = 0.15
 #: The same under a budget of moves.
@@ -85,7 +94,7 @@ class Run:
     reported: float = 0.0
     from_start: bool = False  # then layers within the gap stay as they are: fewer moves
     quota: IntArray | None = None  # most replicas in each layer [layers], if that is limited
-    nearest: Evaluation | None = None  # breaks no rule but token capacities; until one is legal
+    nearest: Evaluation | None = None  # its tokens break rules; until one is legal
 
     def late(self, share: float = 1.0) -> bool:
         """Whether the time, or a share of it, is up."""
@@ -106,8 +115,8 @@ class Run:
 
     @cached_property
     def targets(self) -> FloatArray:
-        """Bound [layers] on the makespan of the mean load by speeds, on which the search works."""
-        if self.problem.windows == 1 and self.problem.cluster.planes is None:
+        """Bound [layers] on the makespan of the mean load, on which the search works."""
+        if self.problem.windows == 1:
             return np.asarray(self.bound.per_layer[0])
         return mean_bound(self.problem)
 
@@ -125,13 +134,20 @@ class Run:
 
     @property
     def kept(self) -> Evaluation | None:
-        """The best legal plan, or the one that comes nearest to the token capacities."""
+        """The best legal plan, or the one whose tokens come nearest to where they may go."""
         return self.nearest if self.best is None else self.best
 
     def over(self, priced: Evaluation) -> FloatArray:
-        """Tokens in each layer [layers] above the ranks' capacities, over all windows."""
+        """Tokens in each layer [layers] where they may not go, over all windows.
+
+        Above the ranks' capacities, and off their node beyond `MaxOffNode`.
+        """
         capacity = self.problem.capacity * (1 + CAPACITY_SLACK)
-        return np.asarray(np.maximum(priced.rank_tokens - capacity, 0.0).sum(axis=(0, 2)))
+        over = np.asarray(np.maximum(priced.rank_tokens - capacity, 0.0).sum(axis=(0, 2)))
+        if self.problem.max_off_node is None:
+            return over
+        excess = off_node_excess(self.problem, priced.plan, self.problem.max_off_node)
+        return np.asarray(over + (excess * self.problem.tokens.sum(axis=2)).sum(axis=0))
 
     @property
     def closed(self) -> bool:
@@ -145,7 +161,8 @@ class Run:
         Layers do not constrain each other (totals of moves and replicas aside), so under the mean
         over windows the best of two plans is the better one in each layer. The worst window and
         CVaR couple layers: there, the better of the two plans, or of their layers mixed, is kept.
-        Until a plan obeys the token capacities in all layers, the mixed one is kept as `nearest`.
+        Until a plan obeys token capacities and `MaxOffNode` in all layers, the mixed one is kept as
+        `nearest`.
 
         Raises
         ------
@@ -196,9 +213,13 @@ class Run:
         return better
 
     def _near(self, priced: Evaluation) -> bool:
-        """Whether a plan breaks no rule but token capacities."""
+        """Whether a plan breaks no rule but token capacities and `MaxOffNode`."""
         over = priced.rank_tokens > self.problem.capacity * (1 + CAPACITY_SLACK)
-        return len(priced.violations) == np.count_nonzero(over)
+        known = np.count_nonzero(over)
+        if len(priced.violations) > known and self.problem.max_off_node is not None:
+            excess = off_node_excess(self.problem, priced.plan, self.problem.max_off_node)
+            known += np.count_nonzero(excess)
+        return len(priced.violations) == known
 
     def _keep(self, candidates: list[Evaluation]) -> None:
         legal = [priced for priced in candidates if priced.legal]
@@ -227,7 +248,14 @@ class Run:
 
 
 @cache
-def rehearse(weighted: bool, several: bool, near: bool, grouped: bool) -> None:
+def rehearse(
+    weighted: bool,
+    several: bool,
+    near: bool,
+    grouped: bool,
+    rule: Routing = "even",
+    nonlinear: bool = False,
+) -> None:
     """Solve a tiny problem of this kind: loads kernels, and compiles them after installation.
 
     Called before the clock starts, so that neither counts against a time limit.
@@ -242,6 +270,10 @@ def rehearse(weighted: bool, several: bool, near: bool, grouped: bool) -> None:
         From a current plan: `MaxMoves` or a start plan.
     grouped : bool
         `NodeGroups`.
+    rule : str
+        The routing, unless it is weighted.
+    nonlinear : bool
+        Latency planes or a table.
     """
     tokens = np.array([[9.0, 7, 5, 3, 1], [1, 3, 5, 7, 9]])[: 1 + several, None]
     cluster = Cluster(speeds=np.array([1, 0.9, 1.1]), slots=np.full(3, 2), nodes=np.arange(3))
@@ -249,17 +281,20 @@ def rehearse(weighted: bool, several: bool, near: bool, grouped: bool) -> None:
     rules: list[Constraint] = [TokenCapacity(100.0)]  # not tight: what it needs besides is run
     rules += [MaxMoves(current, per_layer=2)] if near else []
     rules += [NodeGroups(np.array([0, 0, 1, 1, 2]))] if grouped else []
+    if nonlinear:
+        planes = Planes(startup=[1.0], activation=[1.0], compute=[1.0])  # type: ignore[arg-type]
+        cluster = replace(cluster, planes=planes)
     problem = Problem(
-        LoadHistogram(tokens=tokens),
+        LoadHistogram(tokens=tokens, passes=np.ones(1 + several)),
         cluster,
-        routing="weighted" if weighted else "even",
+        routing="weighted" if weighted else rule,
         constraints=rules,
     )
     limits = Limits(work=20_000, gap=0.0)
     run = Run(problem, lower_bound(problem), limits, time.perf_counter(), 0, 1, None)
     search(run, None)
     if near:  # a start plan is left where it does not do
-        rehearse(weighted, several, False, grouped)
+        rehearse(weighted, several, False, grouped, rule, nonlinear)
 
 
 def search(run: Run, start: Plan | None) -> None:
@@ -269,12 +304,16 @@ def search(run: Run, start: Plan | None) -> None:
         run.from_start = True
     with ThreadPoolExecutor(run.workers) as pool:
         if run.problem.replica_budget is not None:
-            if _pours(run.problem):
+            if _pours(run.problem) and not run.problem.cluster.nonlinear:
                 _pour(run)
                 if run.best is not None and not run.open.any():
                     return
             _share_replicas(run)
-        if run.problem.max_moves is not None:
+        if run.problem.cluster.nonlinear:
+            from moeplace.search.nonlinear import by_true_times  # imports this module
+
+            by_true_times(run, start, pool)
+        elif run.problem.max_moves is not None:
             _few_moves(run, run.problem.max_moves.current, run.problem.max_moves.allowance(), pool)
         else:
             _afresh(run, start, pool)
@@ -293,6 +332,7 @@ def _afresh(run: Run, start: Plan | None, pool: ThreadPoolExecutor) -> None:
     if problem.node_groups is not None:
         groups = problem.node_groups.of(problem.experts)
         alone = problem.windows == 1 and len(problem.constraints) == 1
+        alone = alone and affordable(problem, run.limits.time)
         shared = share_groups(problem) if alone else None
         if shared is None:
             node_of = assign(problem, groups, run.targets, run.seed)
@@ -304,7 +344,8 @@ def _afresh(run: Run, start: Plan | None, pool: ThreadPoolExecutor) -> None:
     aims = _aims(run, state)
     if construct(state) >= 0:
         return
-    share = 1.0 if problem.windows == 1 else MEAN_SHARE
+    fixed = problem.routing in FIXED
+    share = 1.0 if problem.windows == 1 and not fixed else MEAN_SHARE
     spare = int(np.minimum(problem.cluster.slots, problem.experts).sum()) - problem.experts
     weighted = problem.routing == "weighted" and spare > 0  # without replicas there are no shares
     if weighted:
@@ -320,7 +361,7 @@ def _afresh(run: Run, start: Plan | None, pool: ThreadPoolExecutor) -> None:
         run.offer(state.plan(problem))
         if not run.open.any():
             return
-        for name in RIVALS:
+        for name in (*RIVALS, "top_k") if problem.max_off_node is not None else RIVALS:
             if not run.late(RIVAL_SHARE) and run.quota is None:  # they fill all slots
                 try:
                     run.offer(POLICIES[name](problem))
@@ -332,11 +373,14 @@ def _afresh(run: Run, start: Plan | None, pool: ThreadPoolExecutor) -> None:
         if weighted and _pours(problem):
             _join_ranks(run)
         _descend(run, state, aims, pool, share)
-        if problem.windows > 1 and not weighted:
+        if problem.windows > 1 and not weighted and not fixed:
             run.offer(state.plan(problem))
             if run.quota is not None:
                 adopt(state, run.kept.plan, _affordable(state, run.kept.plan))
-            _all_windows(run, state, pool)
+            all_windows(run, state, pool, np.arange(problem.layers))
+        elif fixed:
+            run.offer(state.plan(problem))
+            _under_rule(run, state, pool)
         if weighted:
             run.offer(state.plan(problem))
             adopt(state, run.kept.plan, _affordable(state, run.kept.plan))
@@ -405,6 +449,18 @@ def _bar_nodes(problem: Problem, state: State, node_of: IntArray) -> None:
     groups = problem.node_groups.of(problem.experts)
     elsewhere = node_of[:, None, groups] != problem.cluster.nodes[None, :, None]
     state.on[:, :, : problem.experts] |= np.where(elsewhere, BARRED, 0).astype(np.uint8)
+
+
+def stay_on_nodes(problem: Problem, state: State, current: Plan) -> None:
+    """Keep each expert group on the node where a plan has it."""
+    assert problem.node_groups is not None
+    assert problem.cluster.nodes is not None
+    groups = problem.node_groups.of(problem.experts)
+    node = problem.cluster.nodes[current.rank_of_slot]
+    node_of = np.zeros((problem.layers, int(groups.max()) + 1), dtype=np.int64)
+    layer, slot = np.nonzero(current.slots >= 0)
+    node_of[layer, groups[current.slots[layer, slot]]] = node[slot]
+    _bar_nodes(problem, state, node_of)
 
 
 def _take_better(state: State, plan: Plan) -> None:
@@ -558,14 +614,8 @@ def _few_moves(run: Run, current: Plan, allowance: IntArray, pool: ThreadPoolExe
         run.offer(current.with_split(None))
     rules = problem.max_moves
     state = _holding(run, current)
-    if problem.node_groups is not None:  # groups stay on the nodes where they are
-        groups = problem.node_groups.of(problem.experts)
-        assert problem.cluster.nodes is not None
-        node = problem.cluster.nodes[current.rank_of_slot]
-        node_of = np.zeros((problem.layers, int(groups.max()) + 1), dtype=np.int64)
-        layer, slot = np.nonzero(current.slots >= 0)
-        node_of[layer, groups[current.slots[layer, slot]]] = node[slot]
-        _bar_nodes(problem, state, node_of)
+    if problem.node_groups is not None:
+        stay_on_nodes(problem, state, current)
     aims = _aims(run, state)
     moves = Moves(state, allowance)
     broken = _broken(state)
@@ -605,8 +655,9 @@ def _few_moves(run: Run, current: Plan, allowance: IntArray, pool: ThreadPoolExe
     try:
         if weighted:
             _polish(run, state, moves.allowance, pool)
-        elif problem.windows > 1:
-            _all_windows(run, state, pool, moves.allowance)
+        elif problem.windows > 1 and problem.routing == "even":
+            layers = np.arange(problem.layers)
+            all_windows(run, state, pool, layers, allowance=moves.allowance)
     finally:
         run.offer(state.plan(problem))
 
@@ -637,7 +688,7 @@ def _share_replicas(run: Run) -> None:
     cost = np.full((problem.layers, extra.size), np.inf)
     slots = np.full((extra.size, problem.layers, problem.cluster.total_slots), EMPTY)
     for turn, more in enumerate(extra):
-        limits = _part(run, BUDGET_SHARE, extra.size - turn)
+        limits = part(run, BUDGET_SHARE, extra.size - turn)
         one = Run(
             apart, run.bound, limits, time.perf_counter(), run.seed, run.workers, None,
             quota=need + np.minimum(more, most),
@@ -657,7 +708,7 @@ def _share_replicas(run: Run) -> None:
         run.offer(Plan(slots=best, rank_slots=rank_slots, experts=problem.experts))
 
 
-def _part(run: Run, share: float, parts: int) -> Limits:
+def part(run: Run, share: float, parts: int) -> Limits:
     """One of `parts` equal parts of what is left of a share of time and work."""
     time, work = run.limits.time, None
     if time is not None:
@@ -667,35 +718,87 @@ def _part(run: Run, share: float, parts: int) -> Limits:
     return Limits(time=time, work=work, gap=run.limits.gap)
 
 
-def _all_windows(
-    run: Run, state: State, pool: ThreadPoolExecutor, allowance: IntArray | None = None
-) -> None:
-    """Several windows, one placement: anneal on all; windows that decide move the weights there.
+def true_targets(run: Run) -> FloatArray:
+    """Mean makespans [layers] at which layers are done; 0 where windows are not just averaged."""
+    if run.problem.objective != "mean":
+        return np.zeros(run.problem.layers)
+    return layer_floor(run.problem, run.bound) * (1 + run.limits.gap)
 
-    `allowance` [layers]: copies that each layer may receive.
+
+def _under_rule(run: Run, state: State, pool: ThreadPoolExecutor) -> None:
+    """A fixed dispatch rule: anneal; under sglang-static thrice, later where most is left to gain.
+
+    There the best counts are far apart, and one start seldom suits all layers.
     """
     problem = run.problem
-    every = Windows(problem, state, allowance)
-    layers = np.arange(problem.layers)
+    assert run.kept is not None
+    even, weight = run.kept.plan, problem.layer_weight
+    tries = [(even, 1, 1.0)]
+    if problem.routing == "sglang-static":
+        fewer = undrawn(problem, even)
+        tries = [(fewer, 1, 0.5), (even, 2, 0.75), (fewer, 4, 1.0)]
+        near = local(problem)
+        if near is not None and problem.max_off_node is not None:
+            tries = [(fewer, 1, 0.3), (near, 1, 0.65), (near, 2, 1.0)]
+        elif near is not None:
+            tries[1] = (near, 2, 0.75)
+    for start, part, share in tries:
+        left = (layer_floor(problem, run.bound) - problem.mean(run.kept.makespan)) * weight
+        left = np.where(run.over(run.kept) > 0, -np.inf, left)
+        layers = np.argsort(left, kind="stable")
+        layers = layers[: -(-layers.size // part)]
+        adopt(state, start, layers)
+        all_windows(run, state, pool, layers, share)
+        run.offer(state.plan(problem))
+
+
+def all_windows(
+    run: Run,
+    state: State,
+    pool: ThreadPoolExecutor,
+    layers: IntArray,
+    share: float = 1.0,
+    allowance: IntArray | None = None,
+) -> None:
+    """One placement for all windows, or a fixed dispatch rule: anneal under the true price.
+
+    Under latency planes or tables by the true times, with any number of windows. Windows that
+    decide move the weights there. `allowance` [layers]: copies that each layer may receive.
+    """
+    problem = run.problem
+    slots = problem.cluster.total_slots
+    every: Windows | Ruled | TrueTimes
+    if problem.cluster.nonlinear:
+        every, effort = TrueTimes(problem, state, allowance, true_targets(run)), 1
+        hottest = TRUE_HEAT * problem.ranks / slots
+    elif problem.routing in FIXED:
+        every, hottest, effort = Ruled(problem, state), RULED_HEAT / slots, RULED_STEPS
+    else:
+        every, hottest, effort = Windows(problem, state, allowance), max(HEAT, FEW_HEAT / slots), 1
+        hottest /= slots
+    effort *= problem.windows  # search steps of a trial
     weight = problem.window_weight.copy()
     if problem.objective == "worst":
         weight = np.full(problem.windows, 1.0 / problem.windows)
-    slots = problem.cluster.total_slots
-    hottest = max(HEAT, FEW_HEAT / slots) / slots
     trials, began, begun_work = 200, run.seconds, run.work
     for turn in range(ROUNDS):
-        if run.late() or run.work >= run.steps:
+        if run.late(share) or run.work >= run.steps * share:
             return
         if run.steps < float("inf"):
-            left = (run.steps - begun_work) / (problem.layers * problem.windows * ROUNDS)
+            left = (run.steps * share - begun_work) / (layers.size * effort * ROUNDS)
             trials = max(int(left), 1)
         cooling = np.array([1 - turn / ROUNDS, 1 - (turn + 1) / ROUNDS])
         heat = np.tile(hottest * cooling, (layers.size, 1))
-        for mine in _chunks(np.full(layers.size, trials * (10 + problem.windows))):
+        for mine in _chunks(np.full(layers.size, trials * (10 + effort))):
             every.improve(layers[mine], trials, heat[mine], weight, pool, run.workers)
-            if run.late():
+            if run.late(share):
                 break
-        run.work += trials * problem.layers * problem.windows
+        run.work += trials * layers.size * effort
+        if isinstance(every, TrueTimes) and (every.cost <= every.target).all():
+            return
+        if isinstance(every, Ruled) and problem.max_off_node is not None:
+            run.offer(state.plan(problem))
+            every.charge(layers, problem.max_off_node)
         if problem.objective != "mean" or np.isfinite(problem.capacity).any():
             run.offer(state.plan(problem))
         if problem.objective == "worst":
@@ -710,7 +813,7 @@ def _all_windows(
         if run.limits.time is not None:
             spent = run.seconds - began
             began += spent
-            left_time = run.limits.time - began
+            left_time = run.limits.time * share - began
             pace = trials / max(spent, 1e-9)
             trials = max(int(min(pace * left_time / (ROUNDS - turn), 8.0 * trials)), 100)
 

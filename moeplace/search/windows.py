@@ -28,7 +28,7 @@ LEAST_CAPACITY = 1e-6
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _three(time, top):  # type: ignore[no-untyped-def]
+def three(time, top):  # type: ignore[no-untyped-def]
     """The three slowest ranks of a window into `top`, -1 where there are fewer."""
     top[:] = -1
     for g in range(time.size):
@@ -56,7 +56,7 @@ def _price(weight, floor, load, base, speed, cap, slot, count, time, top):  # ty
                 if e != empty:
                     tokens += load[w, e] / count[e]
             time[w, g] = tokens / speed[w, g]
-        _three(time[w], top[w])
+        three(time[w], top[w])
         total += weight[w] * max(time[w, top[w, 0]] - floor[w], 0.0)
     return total
 
@@ -141,7 +141,7 @@ def _anneal(  # type: ignore[no-untyped-def]
                     d = load[v, a] / max(count[a], 1) - load[v, b] / max(count[b], 1)
                     time[v, g] -= d / speed[v, g]
                     time[v, h] += d / speed[v, h]
-                    _three(time[v], top[v])
+                    three(time[v], top[v])
                 swap(slot, on, g, i, h, j)
             else:  # rank h gives up a copy or a free slot for one of an expert on g
                 k = random_below(stream, layer, cap[h])

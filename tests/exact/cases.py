@@ -13,6 +13,7 @@ from moeplace.hardware import Cluster
 from moeplace.loads import LoadHistogram
 from moeplace.plan import Plan
 from moeplace.problem import Problem
+from moeplace.search.split import at_best_shares
 from tests.brute_force import split_optimum
 from tests.strategies import legal_plans, tiny_problems
 
@@ -104,8 +105,10 @@ def price(one: Problem, slots: IntArray) -> float:
         assert priced.legal, priced.violations
         return priced.objective
     rest = [rule for rule in one.constraints if not isinstance(rule, TokenCapacity)]
-    priced = evaluate(replace(one, constraints=rest), placed)
+    priced = at_best_shares(replace(one, constraints=rest), placed)
     assert priced.legal, priced.violations
+    if np.isinf(one.capacity).all():
+        return priced.objective
     times: list[FloatArray] = []
     for row in slots:
         held = np.zeros((one.experts, one.ranks), dtype=np.int64)

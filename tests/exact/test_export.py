@@ -1,6 +1,7 @@
 """Models for other solvers, and their solutions read back."""
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pulp
@@ -83,3 +84,21 @@ def test_what_is_no_plan_is_refused(tmp_path: Path) -> None:
         read_solution(other, tmp_path / "s", names)
     with pytest.raises(mp.FormatError, match="must end in .lp"):
         write_model(ONE, tmp_path / "m.txt", "lp", None)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"routing": "ascend"}, "do not know ascend routing"),
+        ({"constraints": [mp.MaxOffNode(0.9)]}, "do not know MaxOffNode"),
+    ],
+)
+def test_what_the_formulation_does_not_know_is_refused(
+    tmp_path: Path, options: dict[str, Any], said: str
+) -> None:
+    one = problem([7, 5, 4, 3, 2], [1, 1, 1.2], [2, 2, 2], **options)
+    with pytest.raises(mp.ProblemError, match=said):
+        write_model(one, tmp_path / "model.lp", "lp", None)
+    with pytest.raises(mp.ProblemError, match=said):
+        mp.solve(one, method="highs", time_limit=5)
+    assert not list(tmp_path.iterdir())

@@ -41,7 +41,10 @@ def test_eight_processes_under_uneven_load(kind: str) -> None:
         running = []
         for rank in range(8):
             threads = str([1, 2, 3, 8][rank % 4])
-            environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), threads)
+            environment = os.environ | dict.fromkeys(
+                ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"),
+                threads,
+            )
             nice = ["nice", "-n", "5"] if rank % 2 else []
             running.append(
                 subprocess.Popen(

@@ -89,6 +89,8 @@ def test_neither_compiling_nor_loading_counts_against_the_time_limit() -> None:
 @pytest.mark.parametrize(
     ("weighted", "several", "near", "rule"),
     [
+        (False, False, False, "planes"),
+        (True, True, False, "planes"),
         (True, True, False, "mp.MaxReplicas(3)"),
         (False, False, False, "mp.TokenCapacity(700.0)"),
         (True, False, False, "mp.TokenCapacity(700.0)"),
@@ -120,11 +122,14 @@ loads = np.random.default_rng(0).lognormal(5, 1, ({1 + several}, 2, 64))
 loads *= 5000 / loads.sum(axis=2, keepdims=True)
 cluster = mp.Cluster.from_speeds(np.linspace(0.9, 1.1, 8), 9)
 plan = mp.Plan(slots=[[*range(64)] + [-1] * 8] * 2, rank_slots=cluster.slots, experts=64)
+if {rule == "planes"}:
+    cluster = mp.Cluster.from_planes([9.0], [1.0], [0.1], np.linspace(0.9, 1.1, 8), 9)
 one = mp.Problem(
-    mp.LoadHistogram(tokens=loads), cluster, constraints=[{rule}],
+    mp.LoadHistogram(tokens=loads, passes=np.ones({1 + several})), cluster,
+    constraints=[{rule if rule != "planes" else ""}],
     routing={"weighted" if weighted else "even"!r}, objective="cvar",
 )
-rehearse({weighted}, {several}, {near}, False)
+rehearse({weighted}, {several}, {near}, False, nonlinear={rule == "planes"})
 before = kernels()
 found = mp.solve(one, work_limit=200_000, gap=0.0)
 assert found.evaluation is not None, found.reason

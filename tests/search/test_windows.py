@@ -12,7 +12,7 @@ from moeplace.evaluate import evaluate
 from moeplace.feasible import explain_infeasible
 from moeplace.problem import Problem
 from moeplace.search.state import State
-from moeplace.search.windows import LEAST_CAPACITY, Windows, _price, _three
+from moeplace.search.windows import LEAST_CAPACITY, Windows, _price, three
 from tests.brute_force import optimum
 from tests.search.checks import assert_consistent, started
 from tests.strategies import legal_plans, plan, problem, tiny_problems
@@ -97,7 +97,7 @@ def test_only_the_layers_asked_for_change(case: tuple[Problem, State]) -> None:
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=7))
 def test_the_three_slowest_ranks_are_found(times: list[int]) -> None:
     top = np.zeros(3, dtype=np.int64)
-    _three(np.array(times, dtype=float), top)
+    three(np.array(times, dtype=float), top)
     found = top[top >= 0].tolist()
     assert len(set(found)) == len(found) == min(3, len(times))
     assert [times[g] for g in found] == sorted(times, reverse=True)[:3]

@@ -1,0 +1,161 @@
+"""The commands `moeplace whatif` (what a change would buy) and `moeplace robust`."""
+
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from moeplace.cli import (
+    AsJson,
+    Instance,
+    ProfileFile,
+    Seed,
+    SumWindows,
+    Workers,
+    example,
+    read_given,
+    write,
+    write_json,
+)
+from moeplace.compare import aligned, exact
+from moeplace.whatif import GOOD, SECONDS, Answer
+
+
+def whatif(
+    instance: Instance,
+    decode: Annotated[
+        str | None,
+        typer.Option(
+            metavar="INSTANCE",
+            help="The same model under decode loads: what a placement for each phase buys.",
+            show_default=False,
+        ),
+    ] = None,
+    slots_most: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Slots that a rank's memory has room for. Default: two more than it has.",
+            show_default=False,
+        ),
+    ] = None,
+    time_limit: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Wall time of all answers together.")
+    ] = SECONDS,
+    seed: Seed = 0,
+    workers: Workers = 1,
+    profile: ProfileFile = None,
+    sum_windows: SumWindows = False,
+    as_json: AsJson = False,
+) -> None:
+    """Price changes: slots, GPUs added, lost, slower or swapped, dispatch; each with its bound."""
+    from moeplace.whatif import whatif as ask
+
+    given = read_given(instance, sum_windows, profile)
+    other = None if decode is None else read_given(decode, sum_windows, profile).problem
+    table = ask(
+        given.problem,
+        decode=other,
+        slots_most=slots_most,
+        time_limit=time_limit,
+        workers=workers,
+        seed=seed,
+    )
+    base = table.answers[0]
+    if as_json:
+        write_json(
+            {
+                "instance": instance,
+                "digest": given.problem.digest(),
+                "unit": given.problem.cluster.time_unit,
+                "answers": [_answer(answer) for answer in table.answers],
+            }
+        )
+        return
+    unit = given.problem.cluster.time_unit
+    assert base.price is not None
+    assert base.lower_bound is not None
+    words = [
+        *given.words,
+        ("step time", exact(base.price, unit)),
+        ("lower bound", exact(base.lower_bound, unit)),
+    ]
+    gap = base.gap or 0.0
+    if gap > GOOD:
+        words.append(("gap", f"{gap:.2%}: smaller changes are not told apart; give more time"))
+    write("\n".join([*aligned(words), "", *_rows(table.answers)]) + "\n")
+
+
+def _answer(answer: Answer) -> dict[str, Any]:
+    return {
+        "question": answer.question,
+        "price": answer.price,
+        "lower_bound": answer.lower_bound,
+        "gap": answer.gap,
+        "change": answer.change,
+        "at_best": answer.at_best,
+        "note": answer.note,
+    }
+
+
+def _rows(answers: tuple[Answer, ...]) -> list[str]:
+    rows = [("change", "step time", "at best", "")]
+    rows += [
+        (answer.question, _signed(answer.change), _signed(answer.at_best), answer.note)
+        for answer in answers[1:]
+    ]
+    wide = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [
+        f"{question:<{wide[0]}}  {change:>{wide[1]}}  {best:>{wide[2]}}  {note}".rstrip()
+        for question, change, best, note in rows
+    ]
+    return [*lines, "step time: of the plan found. at best: proven, no plan does better."]
+
+
+def _signed(value: float | None) -> str:
+    return "" if value is None else f"{value:+.2%}"
+
+
+def robust(
+    instance: Instance,
+    time_limit: Annotated[float, typer.Option(metavar="SECONDS", help="Of each solve.")] = 2.0,
+    seed: Seed = 0,
+    profile: ProfileFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Plan on some windows, score on the others: whether a plan for several windows helps."""
+    from moeplace.robust import folds, scores, verdict
+
+    given = read_given(instance, False, profile)
+    problem = given.problem
+    found = {
+        name: scores(problem, *parts, time_limit=time_limit, seed=seed)
+        for name, parts in folds(problem).items()
+    }
+    if as_json:
+        rows = {name: [asdict(score) for score in each] for name, each in found.items()}
+        write_json({"instance": instance, "verdict": verdict(found), "folds": rows})
+        return
+    lines = []
+    for name, each in found.items():
+        lines += ["", f"{name:<20}  in sample  held out     worst  against the sum"]
+        lines += [
+            f"{score.planned_on:<20}  {score.in_sample:9.4f} {score.held_out:9.4f} "
+            f"{score.worst:9.4f}  {score.against_sum:+15.1%}"
+            for score in each
+        ]
+    write("\n".join([*aligned(given.words), *lines, "", verdict(found)]) + "\n")
+
+
+_COMMANDS = (
+    (whatif, "whatif generate:A:0 --sum-windows --workers 2"),
+    (robust, "robust instances/real/dsv2lite-windows_8x9_equal.json"),
+)
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add both commands, once."""
+    known = {command.callback for command in app.registered_commands}
+    for command, usage in _COMMANDS:
+        if command not in known:
+            app.command(epilog=example(usage))(command)
