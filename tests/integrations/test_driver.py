@@ -41,7 +41,7 @@ def test_all_ranks_agree_and_serve_every_expert_at_every_pass(engine: str) -> No
     assert ours.rebalances >= 5
     assert ours.copies > 0
     if engine == "vllm":
-        theirs = run(job(engine=engine, ours=False))
+        theirs = run(job(engine=engine, ours=False))  # every run starts four processes
         assert ours.step < theirs.step
         assert ours.copies < theirs.copies
 
