@@ -253,11 +253,13 @@ class FewMoves:
     ) -> float:
         """Largest makespan that `refutes` excludes, by bisection from `low` (returned if none).
 
-        The search goes up to `high`. With `seconds` it is as deep as they allow, in rougher steps.
+        The search goes up to `high`. With `seconds` it is as deep as they allow, in rougher steps
+        that begin small: what is near `low` is refuted soonest.
         """
         end = np.inf if seconds is None else time.perf_counter() + seconds
         if seconds is None and not self.refutes(moves, low * (1 + 1e-9), nodes):
             return low
+        step = 0.5 if seconds is None else 1 / 16
         finest = 1e-7 * low if seconds is None else max(STEP * (high - low), 1e-7 * low)
         while high - low > finest:
             if seconds is not None:
@@ -265,9 +267,9 @@ class FewMoves:
                 nodes = int(left / 3 * PACE)
                 if nodes <= 0:
                     break
-            middle = 0.5 * (low + high)
+            middle = low + step * (high - low)
             if self.refutes(moves, middle, nodes):
-                low = middle
+                low, step = middle, min(2 * step, 0.5)
             else:
-                high = middle
+                high, step = middle, 0.5
         return low
