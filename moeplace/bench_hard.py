@@ -14,7 +14,7 @@ from moeplace.loads import LoadHistogram
 from moeplace.problem import Problem
 from moeplace.solve import solve
 
-SHAPE, SEEDS, SECONDS = (1, 256, 288, 32), (100, 101, 102, 103, 104), 60.0
+SHAPE, SEEDS, SECONDS = (1, 256, 288, 32), (100, 101, 102, 103, 104), 20.0
 
 
 def _drifted(moves: int) -> Callable[[int], Problem]:
@@ -60,7 +60,7 @@ FAMILIES: dict[str, Callable[[int], Problem]] = {
 
 
 def hard(instances: Path) -> Iterator[dict[str, Any]]:
-    """One layer of 256 x 288 / 32 with rules that bind, 60 s each, seeds 100 to 104.
+    """One layer of 256 x 288 / 32 with rules that bind, 20 s each, seeds 100 to 104.
 
     `old bound`: the arguments that know neither budgets of moves of two and more nor all ways to
     share groups out. `closed`: how much of the distance from it to the plan the new bound takes.

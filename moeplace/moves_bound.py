@@ -52,14 +52,14 @@ def stay_curve(problem: Problem, window: int, layer: int, slack: float) -> Float
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _idle(carried, cap, lost, last, depth, moves, waste):  # type: ignore[no-untyped-def]
+def _idle(could, cap, lost, last, depth, moves, waste):  # type: ignore[no-untyped-def]
     """Room that stays unused, at least, on ranks whose options are all taken at `depth`.
 
     Ranks that receive may fill up: at most `moves`, so those with the most room left are let off.
     """
     n = 0
     for g in range(cap.size):
-        unused = cap[g] - carried[g] - lost[g]  # `lost`: what rounding down may have left out
+        unused = cap[g] - could[g] - lost[g]  # `lost`: what rounding down may have left out
         if last[g] <= depth and unused > 0:
             i = n
             while i > 0 and waste[i - 1] < unused:
@@ -79,13 +79,16 @@ def _excludes(  # type: ignore[no-untyped-def]
 ):
     """1 if no choice of options keeps every rank within `cap`, 0 if one does, -1 if undecided.
 
-    Options of an expert: (received, kept ranks as bits), in that order. `last` [ranks] is the
-    last expert that a rank holds, `slack` the room of all ranks less all tokens.
+    Options of an expert: (received, kept ranks as bits), in that order. The most copies received
+    stand for any more: ranks then carry at least the share at all `moves`, at most that at so many.
+    `last` [ranks] is the last expert that a rank holds, `slack` the room of all ranks less all
+    tokens.
     """
     ranks = start.size
     waste = np.empty(ranks, dtype=np.int64)
     experts = load.size
-    carried = start.copy()
+    carried = start.copy()  # at least; the rest of a rank's load is its experts of one replica
+    could = start.copy()  # at most, if it receives nothing
     need = np.zeros(ranks, dtype=np.int64)
     total = 0
     for g in range(ranks):
@@ -96,7 +99,7 @@ def _excludes(  # type: ignore[no-untyped-def]
         if x > cap[g]:
             return 1
         total += need[g]
-    if total > moves or _idle(carried, cap, lost, last, -1, moves, waste) > slack:
+    if total > moves or _idle(could, cap, lost, last, -1, moves, waste) > slack:
         return 1
     if experts == 0:
         return 0
@@ -107,6 +110,7 @@ def _excludes(  # type: ignore[no-untyped-def]
             fewest[e] += 1
     option = np.full(experts, -1)
     share = np.zeros(experts, dtype=np.int64)
+    high = np.zeros(experts, dtype=np.int64)
     spent = np.zeros(experts, dtype=np.int64)  # copies received by experts above
     needed = np.zeros(experts, dtype=np.int64)  # experts of one replica that must leave so far
     needed[0] = total
@@ -120,6 +124,7 @@ def _excludes(  # type: ignore[no-untyped-def]
                 g = hold[depth, i]
                 if option[depth] >> i & 1:
                     carried[g] -= share[depth]
+                    could[g] -= high[depth]
                 need[g] = before[depth, i]
         while True:
             option[depth] += 1
@@ -130,8 +135,7 @@ def _excludes(  # type: ignore[no-untyped-def]
             if received > fewest[depth] or spent[depth] + needed[depth] + received > moves:
                 option[depth] = -1
                 break
-            # so many received copies need no kept ones
-            if kept + received >= fewest[depth] and (received < fewest[depth] or kept == 0):
+            if kept + received >= fewest[depth]:
                 break
         if option[depth] < 0:
             depth -= 1
@@ -139,7 +143,10 @@ def _excludes(  # type: ignore[no-untyped-def]
         nodes += 1
         if nodes > limit:
             return -1
-        share[depth] = load[depth] // (kept + received)
+        high[depth] = load[depth] // (kept + received)
+        share[depth] = high[depth]
+        if received == fewest[depth]:
+            share[depth] = load[depth] // (kept + moves)
         total = needed[depth]
         used = spent[depth] + received
         fits = True
@@ -148,6 +155,7 @@ def _excludes(  # type: ignore[no-untyped-def]
             before[depth, i] = need[g]
             if option[depth] >> i & 1:
                 carried[g] += share[depth]
+                could[g] += high[depth]
         for i in range(count):
             g = hold[depth, i]
             x = carried[g]
@@ -162,7 +170,7 @@ def _excludes(  # type: ignore[no-untyped-def]
             if x > cap[g] or used + total > moves:
                 fits = False
                 break
-        if not fits or _idle(carried, cap, lost, last, depth, moves, waste) > slack:
+        if not fits or _idle(could, cap, lost, last, depth, moves, waste) > slack:
             continue
         if depth == experts - 1:
             return 0
