@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -140,6 +141,8 @@ def solve(
         "even" if problem.routing == "weighted" else problem.routing,
         problem.cluster.nonlinear,
     )
+    if method == "auto" and _small(problem):
+        _rehearse_tiny()
     if method in EXACT:
         import ortools.sat.python.cp_model  # noqa: F401 - loaded before the clock starts
     began = time.perf_counter()
@@ -259,6 +262,18 @@ def _try_all(run: "Run") -> None:
             run.offer(Plan(slots=every, rank_slots=problem.cluster.slots, experts=problem.experts))
             if run.best is before:  # a rule that the search does not know
                 break
+
+
+@cache
+def _rehearse_tiny() -> None:
+    """Load the kernel of the exhaustive search, before the clock starts."""
+    from moeplace.exhaustive import Exhaustive
+    from moeplace.hardware import Cluster
+    from moeplace.loads import LoadHistogram
+
+    cluster = Cluster.from_speeds([1.0, 2.0], 2)
+    tiny = Problem(LoadHistogram(tokens=np.array([[[3.0, 2.0, 1.0]]])), cluster)
+    Exhaustive(tiny, 0, 0).search(3.0, 10)
 
 
 def _has_work(method: str) -> bool:

@@ -275,6 +275,8 @@ def rehearse(
     nonlinear : bool
         Latency planes or a table.
     """
+    if nonlinear:  # begins with the linear planners, which the tiny problem may not get to
+        rehearse(weighted, several, near, grouped, rule)
     tokens = np.array([[9.0, 7, 5, 3, 1], [1, 3, 5, 7, 9]])[: 1 + several, None]
     cluster = Cluster(speeds=np.array([1, 0.9, 1.1]), slots=np.full(3, 2), nodes=np.arange(3))
     current = Plan(slots=[[0, 1, 2, 3, 4, -1]], rank_slots=cluster.slots, experts=5)  # type: ignore[arg-type]
