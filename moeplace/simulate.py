@@ -13,7 +13,7 @@ another of ranks outside of MoE layers.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -302,11 +302,13 @@ def goodput(
     slo: Slo,
     *,
     attainment: float = 0.9,
+    changes: Callable[[Requests], Sequence[Change]] = lambda _: (),
     seed: int = 0,
 ) -> Goodput:
     """Bisect the rate at which these requests come: the largest with enough within the limits.
 
     Of the requests as they are, from an empty pool; 0 if not even a slow rate attains it.
+    `changes` says when to re-plan, given the requests as they come.
 
     Raises
     ------
@@ -320,12 +322,13 @@ def goodput(
 
     def attained(rate: float) -> float:
         come = requests.faster(rate / own)
-        return simulate(problem, plan, come, profiles, engine, seed=seed).attained(slo)
+        then = changes(come)
+        served = simulate(problem, plan, come, profiles, engine, changes=then, seed=seed)
+        return served.attained(slo)
 
     together = replace(requests, arrival=np.zeros(requests.count))
-    high = 2 * requests.count / simulate(
-        problem, plan, together, profiles, engine, seed=seed
-    ).seconds  # fmt: skip
+    fastest = simulate(problem, plan, together, profiles, engine, seed=seed)
+    high = 2 * requests.count / fastest.seconds
     low = high / 1024
     met = attained(low)
     if met < attainment:
