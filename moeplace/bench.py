@@ -23,6 +23,7 @@ from moeplace import bench_live
 from moeplace._check import IntArray
 from moeplace.affinity import coactivation, gather
 from moeplace.bench_latency import decode_prefill, latency
+from moeplace.bench_scale import scale
 from moeplace.bounds import lower_bound
 from moeplace.constraints import MaxMoves, MaxOffNode, NodeGroups
 from moeplace.dispatch import FIXED, sources
@@ -535,6 +536,7 @@ SUITES: dict[str, Callable[[Path], Iterator[Row]]] = {
     "robust": bench_live.robust,
     "dispatch": dispatch,
     "traffic": traffic,
+    "scale": scale,
 }
 
 
