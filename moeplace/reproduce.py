@@ -181,6 +181,7 @@ class Setting:
     problem: Problem
     engine: Engine
     spread: float
+    loads: tuple[Any, ...]  # what they were made of
 
     def plans(self, names: Iterable[str] = POLICY_NAMES) -> dict[str, Plan]:
         """Plans by policy, one replica of each expert unless ranks have more slots."""
@@ -235,6 +236,7 @@ def setting(
         problem=Problem(loads, cluster, layer_weight=weight, name=name),
         engine=engine,
         spread=constants.spread if spread is None else spread,
+        loads=(name, skew, epoch, window),
     )
 
 
@@ -265,9 +267,24 @@ def _planned(problem: Problem, name: str, start: Plan | None = None) -> Plan:
     return POLICIES[name](problem)
 
 
+_known: dict[Any, Profiles] = {}
+
+
+def _profiles(one: Setting, seed: int) -> Profiles:
+    """Profiles of these loads; the last few are kept, since every plan meets the same."""
+    key = (*one.loads, one.spread, seed)
+    found = _known.get(key)
+    if found is None:
+        found = Profiles.of(one.problem.loads, spread=one.spread, seed=seed)
+        while len(_known) >= 12:
+            _known.pop(next(iter(_known)), None)
+        _known[key] = found
+    return found
+
+
 def requests_of(one: Setting, seed: int, share: float = 1.0) -> tuple[Requests, Profiles]:
     """The model's requests, and their profiles; at a rate of 1, to be made faster."""
-    profiles = Profiles.of(one.problem.loads, spread=one.spread, seed=seed)
+    profiles = _profiles(one, seed)
     model = one.model
     count = max(int(model.requests * share), 20)
     requests = Requests.poisson(
@@ -312,7 +329,7 @@ def _tails(one: Setting, plan: Plan, seed: int, share: float, rate: float) -> tu
 
 def _decoded(one: Setting, plan: Plan, seed: int, share: float) -> tuple[float, float]:
     """Seconds for each token and idle share, `decoding` requests at a time."""
-    profiles = Profiles.of(one.problem.loads, spread=one.spread, seed=seed)
+    profiles = _profiles(one, seed)
     count = VIBE.decoding
     output = np.full(count, max(int(64 * share), 8))
     requests = Requests(
@@ -657,7 +674,7 @@ def _drifted(
 ) -> float:
     """Goodput where the second half of the requests is of another load."""
     one, own = requests_of(before, seed, share)
-    other = Profiles.of(after.problem.loads, spread=after.spread, seed=seed + 1000)
+    other = _profiles(after, seed + 1000)
     half = one.count // 2
     profile = one.profile.copy()
     profile[half:] += own.kind.size

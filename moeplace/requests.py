@@ -73,7 +73,7 @@ class Profiles:
         if not (isinstance(spread, int | float) and 0 <= spread <= 10):
             raise ProblemError(f"The spread of profiles must be from 0 to 10, got {spread!r}.")
         each = max(count // loads.windows, 1)
-        generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0,)))
+        generator = _stream(seed, 0)
         shape = (each, loads.layers, loads.experts)
         found = np.empty((loads.windows, *shape), dtype=np.float32)
         for window, tokens in enumerate(loads.tokens):
@@ -83,8 +83,11 @@ class Profiles:
             if spread > 0 and each > 1:
                 drawn = mean * generator.gamma(1 / spread**2, spread**2, shape)
                 for _ in range(20):  # rows to sum 1, then columns to the mean, in turns
-                    drawn /= _positive(drawn.sum(axis=2, keepdims=True))
+                    row = _positive(drawn.sum(axis=2, keepdims=True))
+                    drawn /= row
                     drawn *= mean / _positive(drawn.mean(axis=0))
+                    if np.abs(row - 1).max() < 1e-3:
+                        break
             found[window] = drawn
         weight = loads.tokens.sum(axis=(1, 2))
         if not weight.any():
@@ -97,7 +100,7 @@ class Profiles:
 
     def draw(self, count: int, seed: int = 0, weight: FloatArray | None = None) -> IntArray:
         """Profiles of so many requests, by kinds of these weights (by default their own)."""
-        generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,)))
+        generator = _stream(seed, 1)
         chance = (self.weight if weight is None else weight)[self.kind]
         chance = chance / np.bincount(self.kind)[self.kind]
         return generator.choice(self.kind.size, size=count, p=chance / chance.sum())
@@ -199,7 +202,7 @@ class Requests:
         ):
             if not (isinstance(value, int | float | np.number) and low < value < 1e12):
                 raise ProblemError(f"The {name} of requests is out of range: {value!r}.")
-        generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(2,)))
+        generator = _stream(seed, 2)
         arrival = generator.standard_exponential(count).cumsum() / rate
         lengths = []
         for mean, least in ((prompt, 1), (output, 1)):
@@ -271,7 +274,7 @@ def read_requests(path: PathLike, profiles: Profiles, seed: int = 0) -> Requests
                 f"{path}: kind {columns[3].max():g} is not a window of the loads, which have "
                 f"{profiles.weight.size}."
             )
-        generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(3,)))
+        generator = _stream(seed, 3)
         each = np.bincount(profiles.kind)
         begins = each.cumsum() - each
         kind = columns[3].astype(np.int64)
@@ -283,6 +286,12 @@ def read_requests(path: PathLike, profiles: Profiles, seed: int = 0) -> Requests
         )  # fmt: skip
     except ProblemError as error:
         raise FormatError(f"{path}: {error}") from error
+
+
+def _stream(seed: int, key: int) -> np.random.Generator:
+    """Profiles, who has which, arrivals and lengths: each from its own stream of the seed."""
+    _whole("Seed", seed, 0, 1 << 62)
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(key,)))
 
 
 def _positive(values: FloatArray) -> FloatArray:
