@@ -71,6 +71,7 @@ from moeplace.result import OPTIMAL_GAP, Progress, Result, Status, gap
 from moeplace.solve import METHODS
 from moeplace.solve import solve as find
 from moeplace.summary import lines, summarise
+from moeplace.sweep import on_dask
 
 OK, INTERNAL, BAD_INPUT, INFEASIBLE, NONE_IN_TIME, REFUSED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 
@@ -136,6 +137,15 @@ Gap = Annotated[
 ]
 Seed = Annotated[int, typer.Option(metavar="N", help="Seed of the search.")]
 Workers = Annotated[int, typer.Option(metavar="N", help="Threads.")]
+Dask = Annotated[
+    str | None,
+    typer.Option(
+        "--dask",
+        metavar="ADDRESS",
+        help="Run on the Dask cluster with this scheduler, e.g. tcp://10.0.0.1:8786.",
+        show_default=False,
+    ),
+]
 Hidden = Annotated[
     int | None,
     typer.Option(
@@ -775,6 +785,7 @@ def bench(
     out: Annotated[
         Path | None, typer.Option(help="Write the table there, as Markdown, too.")
     ] = None,
+    dask: Dask = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a suite of cases and print its table; times are ratios to a baseline beside."""
@@ -785,9 +796,10 @@ def bench(
     if out is not None:
         check_output(out)
     rows = []
-    for row in SUITES[suite](instances):
-        rows.append(row)
-        sys.stderr.write("  ".join(f"{key} {value}" for key, value in row.items()) + "\n")
+    with on_dask(dask):
+        for row in SUITES[suite](instances):
+            rows.append(row)
+            sys.stderr.write("  ".join(f"{key} {value}" for key, value in row.items()) + "\n")
     text = markdown(suite, rows)
     if out is not None:
         write_text(out, text)

@@ -12,6 +12,7 @@ import typer
 from moeplace._files import check_output, write_text
 from moeplace.cli import (
     AsJson,
+    Dask,
     Instance,
     Seed,
     Workers,
@@ -44,16 +45,6 @@ from moeplace.sweep import on_dask, sweep
 
 PHASES = ("prefill", "decode", "mixed", "disaggregated")
 
-Dask = Annotated[
-    str | None,
-    typer.Option(
-        "--dask",
-        metavar="ADDRESS",
-        help="Run on the Dask cluster with this scheduler, e.g. tcp://10.0.0.1:8786.",
-        show_default=False,
-    ),
-]
-
 
 def simulate_command(
     instance: Instance,
@@ -66,9 +57,7 @@ def simulate_command(
             show_default=False,
         ),
     ] = None,
-    phase: Annotated[
-        str, typer.Option(metavar="NAME", help=f"{', '.join(PHASES)}.")
-    ] = "prefill",
+    phase: Annotated[str, typer.Option(metavar="NAME", help=f"{', '.join(PHASES)}.")] = "prefill",
     decode: Annotated[
         str | None,
         typer.Option(
@@ -78,9 +67,7 @@ def simulate_command(
         ),
     ] = None,
     requests: Annotated[int, typer.Option(metavar="N", help="Requests of each seed.")] = 5000,
-    rate: Annotated[
-        float, typer.Option(metavar="R", help="Requests per second (Poisson).")
-    ] = 10.0,
+    rate: Annotated[float, typer.Option(metavar="R", help="Requests per second (Poisson).")] = 10.0,
     prompt: Annotated[float, typer.Option(metavar="N", help="Mean tokens of prompts.")] = 1024.0,
     output: Annotated[float, typer.Option(metavar="N", help="Mean tokens of answers.")] = 128.0,
     variation: Annotated[

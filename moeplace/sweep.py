@@ -13,7 +13,9 @@ from moeplace.errors import MissingExtraError, ProblemError
 T = TypeVar("T")
 
 
-def sweep(call: Callable[..., T], arguments: Iterable[tuple[Any, ...]], workers: int = 1) -> list[T]:
+def sweep(
+    call: Callable[..., T], arguments: Iterable[tuple[Any, ...]], workers: int = 1
+) -> list[T]:
     """Results of ``call(*each)`` in the order of the arguments.
 
     Parameters
@@ -58,7 +60,7 @@ def on_dask(address: str | None) -> Iterator[None]:
     import joblib
 
     try:
-        client = Client(address, timeout=10)
+        client = Client(address, timeout=10)  # type: ignore[no-untyped-call]
     except (OSError, TimeoutError, ValueError) as cause:
         raise ProblemError(f"No Dask scheduler answers at {address}: {cause}") from cause
     with client, joblib.parallel_config(backend="dask"):
