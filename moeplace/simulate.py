@@ -329,10 +329,11 @@ def goodput(
     together = replace(requests, arrival=np.zeros(requests.count))
     fastest = simulate(problem, plan, together, profiles, engine, seed=seed)
     high = 2 * requests.count / fastest.seconds
-    low = high / 1024
-    met = attained(low)
-    if met < attainment:
-        return Goodput(rate=0.0, attained=met)
+    low = high / 2
+    while (met := attained(low)) < attainment:  # from above: slow rates mean many small passes
+        low, high = low / 2, low
+        if low * 1024 < requests.count / fastest.seconds:
+            return Goodput(rate=0.0, attained=met)
     while high > low * (1 + RATE_TOLERANCE):
         middle = (low * high) ** 0.5
         found = attained(middle)
