@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -386,15 +386,17 @@ def reproduce(
     as_json: AsJson = False,
 ) -> None:
     """Repeat a paper's experiments in form, its numbers beside ours."""
-    from moeplace.reproduce import PAPERS
+    from moeplace.reproduce import reproduce as repeat
 
-    if what not in PAPERS:
-        raise ProblemError(f"What to reproduce must be one of {', '.join(PAPERS)}, got {what!r}.")
     if out is not None:
         check_output(out)
     with on_dask(dask):
-        report: Any = PAPERS[what](
-            instances, quick=quick, workers=workers, tell=lambda line: sys.stderr.write(line + "\n")
+        report = repeat(
+            what,
+            instances,
+            quick=quick,
+            workers=workers,
+            tell=lambda line: sys.stderr.write(line + "\n"),
         )
     if out is not None:
         write_text(out, report.markdown())
