@@ -22,6 +22,7 @@ import numpy as np
 from moeplace import bench_live
 from moeplace._check import IntArray
 from moeplace.affinity import coactivation, gather
+from moeplace.bench_hard import hard
 from moeplace.bench_latency import decode_prefill, latency
 from moeplace.bench_scale import scale
 from moeplace.bounds import lower_bound
@@ -391,7 +392,7 @@ def _spared(shape: str, seed: int, spares: int) -> Problem:
 
 
 def node_groups(instances: Path) -> Iterator[Row]:
-    """Expert groups that stay on a node: hierarchical EPLB against ours (shape A)."""
+    """Expert groups that stay on a node: hierarchical EPLB against ours (shape A), 1 s."""
     for speeds in ("equal", "het"):
         for groups, nodes in ((8, 4), (8, 8), (16, 4)):
             ratios: dict[str, list[float]] = {}
@@ -399,7 +400,7 @@ def node_groups(instances: Path) -> Iterator[Row]:
                 base = generate("A", seed, speeds=speeds).aggregate()
                 cluster = Cluster.from_speeds(base.cluster.speeds, 9, nodes, "relative")
                 problem = replace(base, cluster=cluster, constraints=[NodeGroups(groups)])
-                ours = solve(problem, time_limit=0.5, gap=1e-5)
+                ours = solve(problem, time_limit=1.0, gap=1e-5)
                 eplb: Evaluation = evaluate(problem, POLICIES["eplb"](problem))
                 for name, value in (
                     ("hierarchical eplb", eplb.imbalance),
@@ -539,6 +540,7 @@ SUITES: dict[str, Callable[[Path], Iterator[Row]]] = {
     "drift-real": bench_live.drift_real,
     "moves": bench_live.moves,
     "robust": bench_live.robust,
+    "hard": hard,
     "dispatch": dispatch,
     "traffic": traffic,
     "scale": scale,

@@ -1121,6 +1121,7 @@ def _reading() -> Iterator[Callable[[int, int], None] | None]:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line (by default `sys.argv`) and exit with its code."""
     from moeplace import (  # they import this
+        cli_engine,
         cli_fit,
         cli_migrate,
         cli_replay,
@@ -1129,7 +1130,8 @@ def main(arguments: list[str] | None = None) -> None:
         cli_whatif,
     )
 
-    for module in (cli_fit, cli_replay, cli_migrate, cli_watch, cli_whatif, cli_simulate):
+    modules = (cli_fit, cli_replay, cli_migrate, cli_watch, cli_whatif, cli_engine, cli_simulate)
+    for module in modules:
         module.add_commands(app)
     for stream in (sys.stdout, sys.stderr):  # what the terminal cannot show is escaped
         reconfigure = getattr(stream, "reconfigure", None)

@@ -33,8 +33,8 @@ WARM_STEPS = 200_000
 SMALL = 300
 #: Nodes of the exhaustive search of a tiny layer, for each makespan; and of them in a second.
 NODES, PACE = 10_000_000, 20_000_000
-#: Seconds a layer from which the bound on few moves is searched deeper, and with how many nodes.
-DEEP, DEEP_NODES = 2.0, 300_000
+#: Seconds a layer from which the bound on few moves is searched deeper, and by when that ends.
+DEEP, PROOF_SHARE = 2.0, 0.7
 #: Seconds, or deterministic seconds, of each layer that an exact method has without limits.
 DEFAULT_SECONDS = 10.0
 
@@ -139,7 +139,7 @@ def solve(
     if method in EXACT:
         import ortools.sat.python.cp_model  # noqa: F401 - loaded before the clock starts
     began = time.perf_counter()
-    bound = lower_bound(problem)
+    bound = lower_bound(problem, time_limit)
     reason = explain_infeasible(problem) or refuted(problem, bound)
     if reason is not None:
         return Result(
@@ -208,12 +208,15 @@ def _auto(run: "Run", start: Plan | None) -> None:
     if small and run.best is not None and problem.windows == 1 and problem.routing == "even":
         _try_all(run)
     if few and run.best is not None and run.best.legal:
-        for layer in np.flatnonzero(run.open).tolist():
-            if run.late(2 * WARM_SHARE):
-                break
+        left = np.flatnonzero(run.open).tolist()
+        for turn, layer in enumerate(left):
             high = run.bound.per_layer.copy()  # only this layer is searched
             high[:, layer] = run.best.makespan[:, layer]
-            lifted = few_moves(problem, run.bound.per_layer, high, DEEP_NODES)
+            seconds = (PROOF_SHARE * (limit or 0.0) - run.seconds) / (len(left) - turn)
+            if seconds <= 0:
+                break
+            each = seconds / problem.windows
+            lifted = few_moves(problem, run.bound.per_layer, high, each)
             run.bound = lifted_bound(problem, run.bound, lifted, FEW)
     if run.best is not None and not run.open.any():
         return
