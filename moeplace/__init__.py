@@ -44,8 +44,10 @@ from moeplace.migrate import migrate, relabel
 from moeplace.plan import EMPTY, Plan
 from moeplace.problem import Problem
 from moeplace.replan import Economy, Proposal, propose
+from moeplace.requests import Profiles, Requests
 from moeplace.result import Limits, Progress, Result, Status
 from moeplace.search.split import resplit
+from moeplace.simulate import Engine, Service, Slo, goodput, simulate
 from moeplace.solve import solve
 from moeplace.topology import rank_plans, trace_traffic, traffic
 from moeplace.tradeoff import tradeoff
@@ -60,6 +62,7 @@ __all__ = [
     "Cluster",
     "Decision",
     "Economy",
+    "Engine",
     "Evaluation",
     "Finding",
     "Forbid",
@@ -83,10 +86,14 @@ __all__ = [
     "PolicyNotApplicable",
     "Problem",
     "ProblemError",
+    "Profiles",
     "Progress",
     "Proposal",
     "ReplicaBudget",
+    "Requests",
     "Result",
+    "Service",
+    "Slo",
     "SolverError",
     "Status",
     "Table",
@@ -97,6 +104,7 @@ __all__ = [
     "evaluate",
     "expert_bytes",
     "gather",
+    "goodput",
     "instances",
     "lower_bound",
     "migrate",
@@ -110,6 +118,7 @@ __all__ = [
     "recompute",
     "relabel",
     "resplit",
+    "simulate",
     "solve",
     "trace_traffic",
     "tradeoff",

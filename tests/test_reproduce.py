@@ -1,6 +1,5 @@
 """The setting and the tables of published experiments, on small parts of them."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,13 +17,13 @@ INSTANCES = Path(__file__).resolve().parents[1] / "instances"
 
 
 @pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """One model of three layers, and little time."""
     small = {"DeepSeek-V3": replace(MODELS["DeepSeek-V3"], layers=3)}
     for module in (vibe_setting, vibe_tables):
         monkeypatch.setattr(module, "MODELS", small)
         monkeypatch.setattr(module, "VIBE", replace(VIBE, solve_seconds=0.1))
-    yield
+    return
 
 
 def test_slowness_is_measured_or_even() -> None:
