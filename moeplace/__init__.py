@@ -46,6 +46,7 @@ from moeplace.problem import Problem
 from moeplace.replan import Economy, Proposal, propose
 from moeplace.requests import Profiles, Requests
 from moeplace.result import Limits, Progress, Result, Status
+from moeplace.search.fill import fill
 from moeplace.search.split import resplit
 from moeplace.simulate import Engine, Service, Slo, goodput, simulate
 from moeplace.solve import solve
@@ -103,6 +104,7 @@ __all__ = [
     "diagnose",
     "evaluate",
     "expert_bytes",
+    "fill",
     "gather",
     "goodput",
     "instances",

@@ -262,6 +262,13 @@ def solve(
     solver_log: Annotated[
         bool, typer.Option("--solver-log", help="Show the solver's log on stderr.")
     ] = False,
+    fill: Annotated[
+        bool,
+        typer.Option(
+            "--fill",
+            help="Leave no slot EMPTY, as most engines' files need; may cost time.",
+        ),
+    ] = False,
     sum_windows: SumWindows = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -292,6 +299,7 @@ def solve(
             warm_start=cast(Any, warm_start),
             solver_options=_solver_options(solver_option or []),
             solver_log=_solver_line if solver_log else None,
+            fill=fill,
         )
     if out is not None and result.evaluation is not None:
         write_plan(result.plan, out)

@@ -10,7 +10,7 @@ import numpy as np
 
 from moeplace.bounds import EXHAUSTIVE, FEW, lifted_bound, lower_bound
 from moeplace.errors import PolicyNotApplicable, ProblemError
-from moeplace.evaluate import Evaluation
+from moeplace.evaluate import Evaluation, evaluate
 from moeplace.feasible import explain_infeasible, refuted
 from moeplace.plan import Plan
 from moeplace.policies import POLICIES
@@ -53,6 +53,7 @@ def solve(
     warm_start: WarmStart = "auto",
     solver_options: Mapping[str, Any] | None = None,
     solver_log: Callable[[str], None] | None = None,
+    fill: bool = False,
 ) -> Result:
     """Find a plan and prove how far from the optimum it can be.
 
@@ -89,6 +90,9 @@ def solve(
         Parameters of an exact method's solver, passed on under its own names.
     solver_log : callable, optional
         Called with each line of the solver's log.
+    fill : bool
+        Put a replica into every slot that the plan leaves EMPTY, as most engines' files need; it
+        may cost time, above all where an activated replica costs some.
 
     Returns
     -------
@@ -167,6 +171,10 @@ def solve(
         if run.best is None:
             raise
         interrupted = True
+    if fill and run.best is not None:
+        from moeplace.search.fill import fill as filled
+
+        run.best = evaluate(problem, filled(problem, run.best.plan))
     spent = time.perf_counter() - began
     if run.best is not None:
         return finish(problem, method, run.bound, run.best, limits, spent, run.work, interrupted)
