@@ -44,9 +44,11 @@ from moeplace.migrate import migrate, relabel
 from moeplace.plan import EMPTY, Plan
 from moeplace.problem import Problem
 from moeplace.replan import Economy, Proposal, propose
+from moeplace.requests import Profiles, Requests
 from moeplace.result import Limits, Progress, Result, Status
 from moeplace.search.fill import fill
 from moeplace.search.split import resplit
+from moeplace.simulate import Engine, Service, Slo, goodput, simulate
 from moeplace.solve import solve
 from moeplace.topology import rank_plans, trace_traffic, traffic
 from moeplace.tradeoff import tradeoff
@@ -61,6 +63,7 @@ __all__ = [
     "Cluster",
     "Decision",
     "Economy",
+    "Engine",
     "Evaluation",
     "Finding",
     "Forbid",
@@ -84,10 +87,14 @@ __all__ = [
     "PolicyNotApplicable",
     "Problem",
     "ProblemError",
+    "Profiles",
     "Progress",
     "Proposal",
     "ReplicaBudget",
+    "Requests",
     "Result",
+    "Service",
+    "Slo",
     "SolverError",
     "Status",
     "Table",
@@ -99,6 +106,7 @@ __all__ = [
     "expert_bytes",
     "fill",
     "gather",
+    "goodput",
     "instances",
     "lower_bound",
     "migrate",
@@ -112,6 +120,7 @@ __all__ = [
     "recompute",
     "relabel",
     "resplit",
+    "simulate",
     "solve",
     "trace_traffic",
     "tradeoff",

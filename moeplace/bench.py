@@ -24,6 +24,7 @@ from moeplace._check import IntArray
 from moeplace.affinity import coactivation, gather
 from moeplace.bench_hard import hard
 from moeplace.bench_latency import decode_prefill, latency
+from moeplace.bench_scale import scale
 from moeplace.bounds import lower_bound
 from moeplace.constraints import MaxMoves, MaxOffNode, NodeGroups
 from moeplace.dispatch import FIXED, sources
@@ -39,6 +40,7 @@ from moeplace.problem import Problem, Routing
 from moeplace.result import Result
 from moeplace.search.split import resplit
 from moeplace.solve import solve
+from moeplace.sweep import sweep
 from moeplace.topology import trace_traffic
 from moeplace.topology import traffic as plan_traffic
 
@@ -115,26 +117,9 @@ def targets(instances: Path) -> Iterator[Row]:
 
 
 def run(case: Case, seeds: Sequence[int] = REPORT_SEEDS, method: str = "auto") -> Row:
-    """Median (and worst) of a case over seeds."""
-    found: dict[str, list[float]] = {}
-    for seed in seeds:
-        problem = case.make(seed)
-        solve(problem, method, work_limit=1)  # kernels loaded
-        began, cpu = time.perf_counter(), time.process_time()
-        result = solve(problem, method, time_limit=case.limit, gap=case.gap, seed=seed)
-        wall, cpu = time.perf_counter() - began, time.process_time() - cpu
-        evaluation = evaluate(problem, result.plan)
-        score = evaluation.imbalance if case.score is None else case.score(seed, result)
-        moves = np.nan
-        if problem.max_moves is not None:
-            moves = result.plan.moves_from(problem.max_moves.current).sum() / problem.layers
-        reference = _greedy_seconds(problem)
-        for name, value in (
-            ("ratio", score), ("worst layer", evaluation.ratio.max()), ("gap", result.gap),
-            ("worst gap", result.layers.gap.max()), ("wall", wall), ("cpu", cpu),
-            ("times greedy", wall / reference), ("moves", moves),
-        ):  # fmt: skip
-            found.setdefault(name, []).append(float(value))
+    """Median (and worst) of a case over seeds, one after the other unless a cluster runs them."""
+    every = sweep(_measured, [(case, method, seed) for seed in seeds])
+    found = {name: [each[name] for each in every] for name in every[0]}
     row: Row = {"case": case.name, "limit": f"{case.limit:g} s", "target": case.target}
     row["ratio"] = f"{statistics.median(found['ratio']):.6f}"
     row["of 5, worst"] = f"{max(found['ratio']):.6f}"
@@ -144,6 +129,27 @@ def run(case: Case, seeds: Sequence[int] = REPORT_SEEDS, method: str = "auto") -
     ):  # fmt: skip
         row[name] = form.format(statistics.median(found[name])).replace("nan", "")
     return row
+
+
+def _measured(case: Case, method: str, seed: int) -> dict[str, float]:
+    """What one seed of a case gives."""
+    problem = case.make(seed)
+    solve(problem, method, work_limit=1)  # kernels loaded
+    began, cpu = time.perf_counter(), time.process_time()
+    result = solve(problem, method, time_limit=case.limit, gap=case.gap, seed=seed)
+    wall, cpu = time.perf_counter() - began, time.process_time() - cpu
+    evaluation = evaluate(problem, result.plan)
+    score = evaluation.imbalance if case.score is None else case.score(seed, result)
+    moves = np.nan
+    if problem.max_moves is not None:
+        moves = result.plan.moves_from(problem.max_moves.current).sum() / problem.layers
+    reference = _greedy_seconds(problem)
+    found = {
+        "ratio": score, "worst layer": evaluation.ratio.max(), "gap": result.gap,
+        "worst gap": result.layers.gap.max(), "wall": wall, "cpu": cpu,
+        "times greedy": wall / reference, "moves": moves,
+    }  # fmt: skip
+    return {name: float(value) for name, value in found.items()}
 
 
 def _greedy_seconds(problem: Problem) -> float:
@@ -537,6 +543,7 @@ SUITES: dict[str, Callable[[Path], Iterator[Row]]] = {
     "hard": hard,
     "dispatch": dispatch,
     "traffic": traffic,
+    "scale": scale,
 }
 
 

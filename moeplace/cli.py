@@ -71,6 +71,7 @@ from moeplace.result import OPTIMAL_GAP, Progress, Result, Status, gap
 from moeplace.solve import METHODS
 from moeplace.solve import solve as find
 from moeplace.summary import lines, summarise
+from moeplace.sweep import on_dask
 
 OK, INTERNAL, BAD_INPUT, INFEASIBLE, NONE_IN_TIME, REFUSED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 
@@ -136,6 +137,15 @@ Gap = Annotated[
 ]
 Seed = Annotated[int, typer.Option(metavar="N", help="Seed of the search.")]
 Workers = Annotated[int, typer.Option(metavar="N", help="Threads.")]
+Dask = Annotated[
+    str | None,
+    typer.Option(
+        "--dask",
+        metavar="ADDRESS",
+        help="Run on the Dask cluster with this scheduler, e.g. tcp://10.0.0.1:8786.",
+        show_default=False,
+    ),
+]
 Hidden = Annotated[
     int | None,
     typer.Option(
@@ -783,6 +793,7 @@ def bench(
     out: Annotated[
         Path | None, typer.Option(help="Write the table there, as Markdown, too.")
     ] = None,
+    dask: Dask = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a suite of cases and print its table; times are ratios to a baseline beside."""
@@ -793,9 +804,10 @@ def bench(
     if out is not None:
         check_output(out)
     rows = []
-    for row in SUITES[suite](instances):
-        rows.append(row)
-        sys.stderr.write("  ".join(f"{key} {value}" for key, value in row.items()) + "\n")
+    with on_dask(dask):
+        for row in SUITES[suite](instances):
+            rows.append(row)
+            sys.stderr.write("  ".join(f"{key} {value}" for key, value in row.items()) + "\n")
     text = markdown(suite, rows)
     if out is not None:
         write_text(out, text)
@@ -1116,9 +1128,18 @@ def _reading() -> Iterator[Callable[[int, int], None] | None]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line (by default `sys.argv`) and exit with its code."""
-    from moeplace import cli_engine, cli_fit, cli_migrate, cli_replay, cli_watch, cli_whatif
+    from moeplace import (  # they import this
+        cli_engine,
+        cli_fit,
+        cli_migrate,
+        cli_replay,
+        cli_simulate,
+        cli_watch,
+        cli_whatif,
+    )
 
-    for module in (cli_fit, cli_replay, cli_migrate, cli_watch, cli_whatif, cli_engine):
+    modules = (cli_fit, cli_replay, cli_migrate, cli_watch, cli_whatif, cli_engine, cli_simulate)
+    for module in modules:
         module.add_commands(app)
     for stream in (sys.stdout, sys.stderr):  # what the terminal cannot show is escaped
         reconfigure = getattr(stream, "reconfigure", None)

@@ -7,6 +7,7 @@ import typer
 
 from moeplace.cli import (
     AsJson,
+    Dask,
     Instance,
     ProfileFile,
     Seed,
@@ -18,6 +19,7 @@ from moeplace.cli import (
     write_json,
 )
 from moeplace.compare import aligned, exact
+from moeplace.sweep import on_dask
 from moeplace.whatif import GOOD, SECONDS, Answer
 
 
@@ -46,6 +48,7 @@ def whatif(
     workers: Workers = 1,
     profile: ProfileFile = None,
     sum_windows: SumWindows = False,
+    dask: Dask = None,
     as_json: AsJson = False,
 ) -> None:
     """Price changes: slots, GPUs added, lost, slower or swapped, dispatch; each with its bound."""
@@ -53,14 +56,15 @@ def whatif(
 
     given = read_given(instance, sum_windows, profile)
     other = None if decode is None else read_given(decode, sum_windows, profile).problem
-    table = ask(
-        given.problem,
-        decode=other,
-        slots_most=slots_most,
-        time_limit=time_limit,
-        workers=workers,
-        seed=seed,
-    )
+    with on_dask(dask):
+        table = ask(
+            given.problem,
+            decode=other,
+            slots_most=slots_most,
+            time_limit=time_limit,
+            workers=workers,
+            seed=seed,
+        )
     base = table.answers[0]
     if as_json:
         write_json(

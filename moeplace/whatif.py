@@ -4,6 +4,7 @@ An answer is a plan for the changed problem, priced by `evaluate`, and a lower b
 plan could reach there. So "at best" in an answer is a proof, whatever the search missed.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,7 @@ from moeplace.result import gap as over
 from moeplace.safety import emptied, halves, twice, twice_bound, unserved, without
 from moeplace.search.split import at_best_shares
 from moeplace.solve import solve
+from moeplace.sweep import sweep
 
 #: Relative slow-down that is asked about.
 SLOWER = 0.1
@@ -110,20 +112,20 @@ def whatif(
     rules = [rule for rule in problem.constraints if not isinstance(rule, MaxMoves)]
     questions = _Questions(replace(problem, constraints=rules), time_limit, workers, seed)
     most = int(problem.cluster.slots.max()) + 2 if slots_most is None else slots_most
-    answers = [
-        questions.base,
-        *questions.slots(),
-        *questions.redundancy(most),
-        *questions.slow(),
-        *questions.lost(),
-        *questions.safe(),
-        *questions.added(),
-        *questions.swapped(),
-        *questions.dispatch(),
+    asked: list[tuple[Any, ...]] = [
+        (questions, "slots"),
+        (questions, "redundancy", most),
+        *((questions, name) for name in ("slow", "lost", "safe", "added", "swapped", "dispatch")),
     ]
     if decode is not None:
-        answers += questions.phases(decode)
+        asked.append((questions, "phases", decode))
+    answers = [questions.base, *itertools.chain(*sweep(_ask, asked))]
     return Table(problem=problem, answers=tuple(answers))
+
+
+def _ask(questions: "_Questions", name: str, *more: Any) -> list[Answer]:
+    """The answers to one kind of question."""
+    return list(getattr(questions, name)(*more))
 
 
 class _Questions:

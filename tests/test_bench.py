@@ -288,3 +288,15 @@ def test_the_command_refuses_an_unknown_suite_and_lists_them(
     assert call("magic") == 2
     told = capsys.readouterr().err
     assert all(name in told for name in SUITES)
+
+
+def test_growth_is_fitted() -> None:
+    from moeplace.bench_scale import GROWTH, LARGE, exponent, measured
+
+    assert exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+    assert (64, 2048, 4096, 1024) in LARGE
+    assert len(GROWTH) == 5
+    found = measured((2, 32, 48, 8), "even")
+    assert 0 <= found["gap"] <= found["first gap"] + 1e-12
+    assert found["ratio"] >= 1
+    assert found["peak"] >= found["before"] > 10
