@@ -1108,9 +1108,16 @@ def _reading() -> Iterator[Callable[[int, int], None] | None]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line (by default `sys.argv`) and exit with its code."""
-    from moeplace import cli_fit, cli_migrate, cli_replay, cli_watch, cli_whatif  # they import this
+    from moeplace import (  # they import this
+        cli_fit,
+        cli_migrate,
+        cli_replay,
+        cli_report,
+        cli_watch,
+        cli_whatif,
+    )
 
-    for module in (cli_fit, cli_replay, cli_migrate, cli_watch, cli_whatif):
+    for module in (cli_fit, cli_replay, cli_migrate, cli_watch, cli_whatif, cli_report):
         module.add_commands(app)
     for stream in (sys.stdout, sys.stderr):  # what the terminal cannot show is escaped
         reconfigure = getattr(stream, "reconfigure", None)
