@@ -26,6 +26,7 @@ from moeplace.cli import (
 from moeplace.compare import percent, printable
 from moeplace.errors import ProblemError
 from moeplace.plan import Plan
+from moeplace.study import SECONDS
 
 EXAMPLE = "report generate:A:0 --sum-windows --expert-bytes 44050944 --out report.html"
 
@@ -46,7 +47,7 @@ def report(
     ] = "report.html",
     time_limit: Annotated[
         float, typer.Option(metavar="SECONDS", help="Of all searches together, about.")
-    ] = 20.0,
+    ] = SECONDS,
     expert_bytes: Annotated[
         int | None,
         typer.Option(

@@ -5,6 +5,7 @@ maps. Lines are named where they end, so that no legend is needed; backgrounds a
 inks a middle grey, readable on light and dark pages. Needs `pip install 'moeplace[report]'`.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -150,7 +151,7 @@ def layer_bounds(
     )  # fmt: skip
     figure.update_layout(
         xaxis=_axis("layer", anchor="y2"),
-        yaxis=_axis(f"slowest rank ({unit})", domain=[0.55, 1.0], rangemode="tozero"),
+        yaxis=_axis(f"time ({unit})", domain=[0.55, 1.0], rangemode="tozero"),
         yaxis2=_axis("gap (log)", domain=[0.0, 0.45], type="log", exponentformat="power"),
     )
     return _dressed(figure, height=480, right=130)
@@ -238,7 +239,11 @@ def replicas(plans: Mapping[str, IntArray], tokens: FloatArray) -> "Figure":
         ends.append((name, float(np.log10(max(mean[0], 1e-3))), colour))
     _name_ends(figure, ends, floor=0.07, at=0.0, left=True, log_x=True)
     figure.update_layout(
-        xaxis=_axis("experts of a layer, busiest first (log)", type="log"),
+        xaxis=_axis(
+            "experts of a layer, busiest first (log)",
+            type="log",
+            tickvals=[1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000],
+        ),
         yaxis=_axis("replicas (log)", type="log", tickvals=[1, 2, 4, 8, 16, 32, 64, 128]),
     )
     return _dressed(figure, height=360)
@@ -323,7 +328,7 @@ def convergence(progress: Sequence[Progress], *, unit: str = "s") -> "Figure":
     height = max(max(prices) - min(bounds), 1e-12)
     _name_ends(
         figure, [("best plan", prices[0], BLUE), ("bound", bounds[0], INK)],
-        floor=0.1 * height, at=x[0], left=True,
+        floor=0.25 * height, at=x[0], left=True,
     )  # fmt: skip
     figure.update_layout(
         xaxis=_axis("seconds", anchor="y2"),
@@ -337,7 +342,15 @@ def changes(answers: Sequence[Answer]) -> "Figure":
     """What changes would do to the step time: of the plan found, and at best."""
     figure = plotly().Figure()
     told = [each for each in answers if each.change is not None]
-    names = [_text(each.question) for each in told]
+    asked = Counter(each.question for each in told)
+    names = [
+        _text(
+            each.question
+            if asked[each.question] == 1
+            else f"{each.question}, {each.note.split(';')[0]}"
+        )
+        for each in told
+    ]
     figure.add_bar(
         y=names, x=[each.change for each in told], orientation="h", marker_color=BLUE,
         hovertemplate="%{y}: %{x:+.3%} by the plan found<extra></extra>", name="plan found",
@@ -380,7 +393,8 @@ def _name_ends(
         figure.add_annotation(
             text=_text(name), y=y, yref=axis, xanchor="left", showarrow=False, align="left",
             xshift=6 if not left else 8, yshift=0 if not left else 8,
-            font={"color": INK}, bordercolor=colour, borderwidth=1, borderpad=2, **right,
+            font={"color": INK}, bgcolor="rgba(255,255,255,0.85)", bordercolor=colour,
+            borderwidth=1, borderpad=2, **right,
         )  # fmt: skip
 
 
@@ -412,7 +426,8 @@ def _dressed(figure: Any, *, height: int, right: int = 20) -> "Figure":
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         hoverlabel={"align": "left"},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": INK, "activecolor": BLUE},
         bargap=0.15,
         dragmode="pan",
     )
-    return figure  # type: ignore[no-any-return]
+    return figure

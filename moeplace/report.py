@@ -371,9 +371,10 @@ def _moved(page: Page, found: Study) -> Section:
              amount(point.lower_bound, unit, found.ours.objective), f"{point.kept:.1%}")
             for point in found.points
         ]  # fmt: skip
-        enough = next(point for point in found.points if point.kept >= 0.9)
+        enough = next(point for point in found.points if point.kept >= 0.5)
         answer += (
-            f" {enough.kept:.0%} of all that moving can gain is had for {enough.moves:,} copies."
+            f" {enough.kept:.0%} of what moves gained in our trials is had for {enough.moves:,} "
+            "copies."
         )
         body += "<h3>Step time against moves</h3>" + page.plot(
             "pareto",
@@ -433,6 +434,7 @@ def _changes(page: Page, found: Study) -> Section:
 
 
 def _search(page: Page, found: Study) -> Section:
+    title = "How was it found, and what proves it?"
     result, unit = found.result, found.problem.cluster.time_unit
     sources = ", ".join(f"{name} ({n})" for name, n in result.bound.sources.items())
     answer = (
@@ -440,6 +442,12 @@ def _search(page: Page, found: Study) -> Section:
         f"steps it is within {percent(result.gap)} of the bound. Arguments that prove the bound, "
         f"with the layers and windows that they decide: {sources}."
     )
+    if len(found.progress) < 2:
+        body = ""
+        if found.problem.windows > 1:
+            words = "A search over several windows sums them first, so its steps are not shown."
+            body = f'<p class="note">{words}</p>'
+        return Section(anchor="search", title=title, answer=_escaped(answer), body=body)
     every = max(1, len(found.progress) // 40)
     body = page.plot(
         "search",
@@ -455,7 +463,7 @@ def _search(page: Page, found: Study) -> Section:
             ],
         ),
     )
-    return Section(anchor="search", title="How was it found, and what proves it?",
+    return Section(anchor="search", title=title,
                    answer=_escaped(answer), body=body)  # fmt: skip
 
 

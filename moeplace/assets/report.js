@@ -12,7 +12,7 @@
     const figure = stored(plot.dataset.figure);
     const narrow = plot.clientWidth < 520;
     if (narrow) {
-      figure.layout.margin = { ...figure.layout.margin, l: 50, r: Math.min(90, figure.layout.margin.r) };
+      figure.layout.margin = { ...figure.layout.margin, l: 50, r: Math.min(112, figure.layout.margin.r) };
       figure.layout.font.size = 11;
     }
     return Plotly.react(plot, figure.data, figure.layout, config);
@@ -68,5 +68,6 @@
       Plotly.relayout(plot, { width: plot.closest(".pair") ? 330 : 680, autosize: false })));
   addEventListener("afterprint", () =>
     plots.forEach((plot) => Plotly.relayout(plot, { width: null, autosize: true })));
+  document.getElementById("js-plotly-tester")?.setAttribute("aria-hidden", "true");
   document.documentElement.dataset.ready = "yes";
 })();
