@@ -29,7 +29,7 @@ from moeplace.evaluate import evaluate
 from moeplace.hardware import Cluster
 from moeplace.latency import Knots, tokens_by
 from moeplace.loads import LoadHistogram
-from moeplace.nodes_bound import share_groups
+from moeplace.nodes_bound import affordable, share_groups
 from moeplace.problem import Problem
 
 SLACK = 1e-12
@@ -363,8 +363,11 @@ ARGUMENTS: dict[str, Callable[[Row, float], bool]] = {
 }
 
 
-def lower_bound(problem: Problem) -> Bound:
-    """The best of all arguments for each window and layer, and in total."""
+def lower_bound(problem: Problem, time_limit: float | None = None) -> Bound:
+    """The best of all arguments for each window and layer, and in total.
+
+    Sharing groups out over nodes is left out where it may take most of the time limit (seconds).
+    """
     shape = (problem.windows, problem.layers)
     units = np.repeat(_units(problem)[:, None], problem.layers, axis=1)
     value, source = _search(problem, problem.tokens, problem.base, problem.fluid, units)
@@ -374,7 +377,8 @@ def lower_bound(problem: Problem) -> Bound:
         other = lower_bound(coarse)
         names = np.where(other.per_layer > per_layer, np.char.add(NODES, other.source), names)
         per_layer = np.maximum(per_layer, other.per_layer)
-    if problem.node_groups is not None and (shared_out := share_groups(problem)) is not None:
+    shared_out = share_groups(problem) if affordable(problem, time_limit) else None
+    if shared_out is not None:
         lifted = shared_out.bound * (1 - SLACK)
         better = lifted > per_layer * (1 + SLACK)
         names = np.where(better, GROUPS, names)

@@ -17,6 +17,8 @@ from moeplace.problem import Problem
 
 #: Most groups, and most pairs of a node and a set of groups that it may hold.
 GROUPS, PAIRS = 10, 600
+#: Time limit for each layer from which on it is tried: several times what it takes.
+SECONDS = 0.012
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,6 +35,13 @@ class Shared:
 
     bound: FloatArray
     node_of: IntArray
+
+
+def affordable(problem: Problem, seconds: float | None) -> bool:
+    """Whether `share_groups` is of use and takes a small part of so many seconds."""
+    return problem.node_groups is not None and (
+        seconds is None or seconds >= SECONDS * problem.layers
+    )
 
 
 @lru_cache(maxsize=2)  # bound and search ask for the same

@@ -139,7 +139,7 @@ def solve(
     if method in EXACT:
         import ortools.sat.python.cp_model  # noqa: F401 - loaded before the clock starts
     began = time.perf_counter()
-    bound = lower_bound(problem)
+    bound = lower_bound(problem, time_limit)
     reason = explain_infeasible(problem) or refuted(problem, bound)
     if reason is not None:
         return Result(

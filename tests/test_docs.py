@@ -22,7 +22,7 @@ def commands(page: Path) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines if line.startswith("moeplace ")]
 
 
-TYPED = [*PAGES, ROOT / "README.md", ROOT / "docs/hardware.md"]
+TYPED = [*PAGES, ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("page", TYPED, ids=lambda page: page.stem)
@@ -45,7 +45,7 @@ def test_every_engine_has_its_page_and_its_commands() -> None:
             assert {line[1] for line in commands(page)} >= {"loads", "solve"}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", TYPED, ids=lambda page: page.stem)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         assert (page.parent / target).exists(), target

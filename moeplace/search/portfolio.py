@@ -25,7 +25,7 @@ from moeplace.evaluate import Evaluation, evaluate
 from moeplace.hardware import Cluster
 from moeplace.latency import Planes
 from moeplace.loads import LoadHistogram
-from moeplace.nodes_bound import share_groups
+from moeplace.nodes_bound import affordable, share_groups
 from moeplace.plan import EMPTY, Plan
 from moeplace.policies import POLICIES
 from moeplace.problem import Problem, Routing
@@ -332,6 +332,7 @@ def _afresh(run: Run, start: Plan | None, pool: ThreadPoolExecutor) -> None:
     if problem.node_groups is not None:
         groups = problem.node_groups.of(problem.experts)
         alone = problem.windows == 1 and len(problem.constraints) == 1
+        alone = alone and affordable(problem, run.limits.time)
         shared = share_groups(problem) if alone else None
         if shared is None:
             node_of = assign(problem, groups, run.targets, run.seed)
