@@ -367,6 +367,54 @@ def changes(answers: Sequence[Answer]) -> "Figure":
     return _dressed(figure, height=90 + 26 * max(len(told), 1))
 
 
+def profile(shares: Mapping[str, FloatArray], factors: FloatArray) -> "Figure":
+    """Performance profile: share of instances solved within a factor of the fastest method.
+
+    Parameters
+    ----------
+    shares : mapping of method to array [points]
+    factors : array [points]
+        From 1, as of `moeplace.bench_stats.performance_profile`.
+    """
+    return _steps(shares, factors, "factor of the fastest time (log)", "%{x:.3g} times")
+
+
+def gap_curve(gaps: Mapping[str, FloatArray]) -> "Figure":
+    """Share of instances within a gap, in a log scale; runs without a plan have an infinite one.
+
+    Parameters
+    ----------
+    gaps : mapping of method to array [instances]
+    """
+    known = [gap[np.isfinite(gap)] for gap in gaps.values()]
+    at = np.unique(np.maximum(np.concatenate([*known, [LEAST_GAP]]), LEAST_GAP))
+    shares = {
+        name: np.searchsorted(np.sort(np.maximum(gap, LEAST_GAP)), at, side="right") / gap.size
+        for name, gap in gaps.items()
+    }
+    return _steps(shares, at, "gap to the proven bound (log)", "gap %{x:.2e}")
+
+
+def _steps(shares: Mapping[str, FloatArray], at: FloatArray, title: str, what: str) -> "Figure":
+    """Shares of instances as steps over a log scale, each named where it ends."""
+    figure = plotly().Figure()
+    styles = _styles(len(shares))
+    for (name, share), (colour, dash, _) in zip(shares.items(), styles, strict=True):
+        figure.add_scatter(
+            x=at, y=share, mode="lines", name=name,
+            line={"color": colour, "dash": dash, "shape": "hv"},
+            hovertemplate=f"{what}: %{{y:.0%}} of instances<extra>%{{fullData.name}}</extra>",
+        )  # fmt: skip
+    ends = [(name, float(share[-1]), style[0])
+            for (name, share), style in zip(shares.items(), styles, strict=True)]  # fmt: skip
+    _name_ends(figure, ends, floor=0.08)
+    figure.update_layout(
+        xaxis=_axis(title, type="log", exponentformat="power"),
+        yaxis=_axis("share of instances", tickformat=".0%", range=[0, 1.05]),
+    )
+    return _dressed(figure, height=380, right=130)
+
+
 def _styles(count: int) -> list[tuple[str, str, str]]:
     """Styles of so many plans: the last one is always ours, in blue."""
     if count > len(STYLES):

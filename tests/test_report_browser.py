@@ -164,7 +164,8 @@ def test_accessible(opened: Callable[..., Browser], width: int, scheme: str) -> 
         "const done = arguments[0]; axe.run().then(r => done(JSON.stringify(r.violations)))"
     )
     said = [
-        (each["id"], [(node["target"], node["failureSummary"]) for node in each["nodes"]][:3]) for each in json.loads(found)
+        (each["id"], [(node["target"], node["failureSummary"]) for node in each["nodes"]][:3])
+        for each in json.loads(found)
     ]
     assert said == []
 
