@@ -45,6 +45,7 @@ from moeplace.plan import EMPTY, Plan
 from moeplace.problem import Problem
 from moeplace.replan import Economy, Proposal, propose
 from moeplace.result import Limits, Progress, Result, Status
+from moeplace.search.fill import fill
 from moeplace.search.split import resplit
 from moeplace.solve import solve
 from moeplace.topology import rank_plans, trace_traffic, traffic
@@ -96,6 +97,7 @@ __all__ = [
     "diagnose",
     "evaluate",
     "expert_bytes",
+    "fill",
     "gather",
     "instances",
     "lower_bound",

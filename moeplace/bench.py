@@ -22,6 +22,7 @@ import numpy as np
 from moeplace import bench_live
 from moeplace._check import IntArray
 from moeplace.affinity import coactivation, gather
+from moeplace.bench_hard import hard
 from moeplace.bench_latency import decode_prefill, latency
 from moeplace.bounds import lower_bound
 from moeplace.constraints import MaxMoves, MaxOffNode, NodeGroups
@@ -533,6 +534,7 @@ SUITES: dict[str, Callable[[Path], Iterator[Row]]] = {
     "drift-real": bench_live.drift_real,
     "moves": bench_live.moves,
     "robust": bench_live.robust,
+    "hard": hard,
     "dispatch": dispatch,
     "traffic": traffic,
 }

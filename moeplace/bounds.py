@@ -756,12 +756,15 @@ def _move_budget(problem: Problem) -> IntArray:
 
 
 def few_moves(
-    problem: Problem, per_layer: FloatArray, high: FloatArray | None = None, nodes: int = QUICK
+    problem: Problem,
+    per_layer: FloatArray,
+    high: FloatArray | None = None,
+    seconds: float | None = None,
 ) -> FloatArray:
     """Bounds [windows, layers] lifted by `FewMoves`; `high` are makespans known to be possible.
 
     Without them, those of the current plan (which a broken rule may exclude: still a limit of
-    the search only).
+    the search only). `seconds` for each layer and window; without, QUICK nodes.
     """
     value = per_layer.copy()
     if problem.max_moves is None or problem.routing != "even":
@@ -776,7 +779,7 @@ def few_moves(
             case = FewMoves(problem, window, layer)
             low = float(per_layer[window, layer])
             value[window, layer] = case.bound(
-                int(budget[layer]), low, float(high[window, layer]), nodes
+                int(budget[layer]), low, float(high[window, layer]), QUICK, seconds
             )
     return value
 

@@ -252,6 +252,13 @@ def solve(
     solver_log: Annotated[
         bool, typer.Option("--solver-log", help="Show the solver's log on stderr.")
     ] = False,
+    fill: Annotated[
+        bool,
+        typer.Option(
+            "--fill",
+            help="Leave no slot EMPTY, as most engines' files need; may cost time.",
+        ),
+    ] = False,
     sum_windows: SumWindows = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -282,6 +289,7 @@ def solve(
             warm_start=cast(Any, warm_start),
             solver_options=_solver_options(solver_option or []),
             solver_log=_solver_line if solver_log else None,
+            fill=fill,
         )
     if out is not None and result.evaluation is not None:
         write_plan(result.plan, out)
@@ -1079,6 +1087,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line (by default `sys.argv`) and exit with its code."""
     from moeplace import (  # they import this
         cli_bench,
+        cli_engine,
         cli_fit,
         cli_migrate,
         cli_replay,
@@ -1087,7 +1096,16 @@ def main(arguments: list[str] | None = None) -> None:
         cli_whatif,
     )
 
-    for module in (cli_fit, cli_replay, cli_migrate, cli_watch, cli_whatif, cli_report, cli_bench):
+    for module in (
+        cli_fit,
+        cli_replay,
+        cli_migrate,
+        cli_watch,
+        cli_whatif,
+        cli_engine,
+        cli_report,
+        cli_bench,
+    ):
         module.add_commands(app)
     for stream in (sys.stdout, sys.stderr):  # what the terminal cannot show is escaped
         reconfigure = getattr(stream, "reconfigure", None)

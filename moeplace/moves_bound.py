@@ -5,6 +5,8 @@ Two arguments. `stay_curve`: experts that receive nothing stay within their rank
 numbers, by a compiled depth-first search; `bounds.recompute` runs the search again.
 """
 
+import time
+
 import numpy as np
 from numba import njit
 
@@ -16,6 +18,8 @@ from moeplace.problem import Problem
 MOST_COPIES = 6
 #: Nodes of the search when a bound is checked again.
 THOROUGH = 2_000_000_000
+#: Nodes in a second, and the last step of a bisection that has so many seconds.
+PACE, STEP = 20_000_000, 0.02
 #: Tokens are multiplied to whole numbers of this size for the busiest rank.
 GRID = float(1 << 44)
 
@@ -48,14 +52,43 @@ def stay_curve(problem: Problem, window: int, layer: int, slack: float) -> Float
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _excludes(load, hold, holders, start, cap, single, singles, moves, limit):  # type: ignore[no-untyped-def]
+def _idle(could, cap, lost, last, depth, moves, waste):  # type: ignore[no-untyped-def]
+    """Room that stays unused, at least, on ranks whose options are all taken at `depth`.
+
+    Ranks that receive may fill up: at most `moves`, so those with the most room left are let off.
+    """
+    n = 0
+    for g in range(cap.size):
+        unused = cap[g] - could[g] - lost[g]  # `lost`: what rounding down may have left out
+        if last[g] <= depth and unused > 0:
+            i = n
+            while i > 0 and waste[i - 1] < unused:
+                waste[i] = waste[i - 1]
+                i -= 1
+            waste[i] = unused
+            n += 1
+    total = 0
+    for i in range(moves, n):
+        total += waste[i]
+    return total
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _excludes(  # type: ignore[no-untyped-def]
+    load, hold, holders, start, cap, single, singles, lost, last, slack, moves, limit
+):
     """1 if no choice of options keeps every rank within `cap`, 0 if one does, -1 if undecided.
 
-    Options of an expert: (received, kept ranks as bits), in that order.
+    Options of an expert: (received, kept ranks as bits), in that order. The most copies received
+    stand for any more: ranks then carry at least the share at all `moves`, at most that at so many.
+    `last` [ranks] is the last expert that a rank holds, `slack` the room of all ranks less all
+    tokens.
     """
     ranks = start.size
+    waste = np.empty(ranks, dtype=np.int64)
     experts = load.size
-    carried = start.copy()
+    carried = start.copy()  # at least; the rest of a rank's load is its experts of one replica
+    could = start.copy()  # at most, if it receives nothing
     need = np.zeros(ranks, dtype=np.int64)
     total = 0
     for g in range(ranks):
@@ -66,7 +99,7 @@ def _excludes(load, hold, holders, start, cap, single, singles, moves, limit):  
         if x > cap[g]:
             return 1
         total += need[g]
-    if total > moves:
+    if total > moves or _idle(could, cap, lost, last, -1, moves, waste) > slack:
         return 1
     if experts == 0:
         return 0
@@ -77,6 +110,7 @@ def _excludes(load, hold, holders, start, cap, single, singles, moves, limit):  
             fewest[e] += 1
     option = np.full(experts, -1)
     share = np.zeros(experts, dtype=np.int64)
+    high = np.zeros(experts, dtype=np.int64)
     spent = np.zeros(experts, dtype=np.int64)  # copies received by experts above
     needed = np.zeros(experts, dtype=np.int64)  # experts of one replica that must leave so far
     needed[0] = total
@@ -90,6 +124,7 @@ def _excludes(load, hold, holders, start, cap, single, singles, moves, limit):  
                 g = hold[depth, i]
                 if option[depth] >> i & 1:
                     carried[g] -= share[depth]
+                    could[g] -= high[depth]
                 need[g] = before[depth, i]
         while True:
             option[depth] += 1
@@ -100,8 +135,7 @@ def _excludes(load, hold, holders, start, cap, single, singles, moves, limit):  
             if received > fewest[depth] or spent[depth] + needed[depth] + received > moves:
                 option[depth] = -1
                 break
-            # so many received copies need no kept ones
-            if kept + received >= fewest[depth] and (received < fewest[depth] or kept == 0):
+            if kept + received >= fewest[depth]:
                 break
         if option[depth] < 0:
             depth -= 1
@@ -109,7 +143,10 @@ def _excludes(load, hold, holders, start, cap, single, singles, moves, limit):  
         nodes += 1
         if nodes > limit:
             return -1
-        share[depth] = load[depth] // (kept + received)
+        high[depth] = load[depth] // (kept + received)
+        share[depth] = high[depth]
+        if received == fewest[depth]:
+            share[depth] = load[depth] // (kept + moves)
         total = needed[depth]
         used = spent[depth] + received
         fits = True
@@ -118,6 +155,7 @@ def _excludes(load, hold, holders, start, cap, single, singles, moves, limit):  
             before[depth, i] = need[g]
             if option[depth] >> i & 1:
                 carried[g] += share[depth]
+                could[g] += high[depth]
         for i in range(count):
             g = hold[depth, i]
             x = carried[g]
@@ -132,7 +170,7 @@ def _excludes(load, hold, holders, start, cap, single, singles, moves, limit):  
             if x > cap[g] or used + total > moves:
                 fits = False
                 break
-        if not fits:
+        if not fits or _idle(could, cap, lost, last, depth, moves, waste) > slack:
             continue
         if depth == experts - 1:
             return 0
@@ -152,10 +190,14 @@ class FewMoves:
     receives at least one copy and takes at most its whole load away. So for the options taken,
     each rank that would carry more than it can within T must lose experts of one replica, at
     least as many as if the largest left first; these and the copies received in options are at
-    most M. If no choice of options satisfies that, there is no plan. Loads are rounded down to
-    whole numbers and room is too, so that sums are exact: a relaxation.
+    most M. And a rank that receives nothing carries no more than its experts of one replica and
+    the shares of its options, so it leaves room unused; at most M ranks receive. All ranks
+    together have room for little more than all tokens. If no choice of options satisfies both,
+    there is no plan. Loads are rounded down to whole numbers and room is too, and what that may
+    lose is given back, so that sums are exact: a relaxation.
 
-    Experts with more than `MOST_COPIES` replicas are left out, which relaxes further.
+    Experts with more than `MOST_COPIES` replicas are left out, which relaxes further; ranks that
+    hold one may be full.
     """
 
     def __init__(self, problem: Problem, window: int, layer: int) -> None:
@@ -174,8 +216,13 @@ class FewMoves:
                 held[expert].append(at)
         single: list[list[int]] = [[] for _ in range(problem.ranks)]
         several = []
+        self.lost = np.full(problem.ranks, 2)  # base load and room
+        self.last = np.full(problem.ranks, -1)
         for expert, ranks in enumerate(held):
             tokens = int(whole[expert])
+            self.lost[ranks] += 2  # the load and its share
+            if len(ranks) > MOST_COPIES:
+                self.last[ranks] = load.size
             if len(ranks) == 1:
                 single[ranks[0]].append(tokens)
                 self.carried[ranks[0]] += tokens
@@ -187,6 +234,8 @@ class FewMoves:
         self.hold = np.zeros((len(several), MOST_COPIES), dtype=np.int64)
         for n, (_, ranks) in enumerate(several):
             self.hold[n, : len(ranks)] = ranks
+            self.last[ranks] = np.maximum(self.last[ranks], n)
+        self.total = int(np.floor(total * self.scale * (1 - 1e-12)))
         self.singles = np.array([len(mine) for mine in single])
         self.single = np.zeros((problem.ranks, max(int(self.singles.max()), 1)), dtype=np.int64)
         for at, mine in enumerate(single):
@@ -200,23 +249,35 @@ class FewMoves:
         room = np.minimum(self.cluster.tokens_by(np.array([seconds])), self.capacity)
         room = room * self.scale * (1 + 1e-12)
         cap = np.floor(np.minimum(room, GRID * 4)).astype(np.int64)
+        slack = int(cap.sum()) + cap.size - self.total
         answer = _excludes(
             self.load, self.hold, self.holders, self.carried, cap, self.single, self.singles,
-            moves, nodes,
+            self.lost, self.last, slack, moves, nodes,
         )  # fmt: skip
         return bool(answer == 1)
 
-    def bound(self, moves: int, low: float, high: float, nodes: int) -> float:
+    def bound(
+        self, moves: int, low: float, high: float, nodes: int, seconds: float | None = None
+    ) -> float:
         """Largest makespan that `refutes` excludes, by bisection from `low` (returned if none).
 
-        The search goes up to `high`.
+        The search goes up to `high`. With `seconds` it is as deep as they allow, in rougher steps
+        that begin small: what is near `low` is refuted soonest.
         """
-        if not self.refutes(moves, low * (1 + 1e-9), nodes):
+        end = np.inf if seconds is None else time.perf_counter() + seconds
+        if seconds is None and not self.refutes(moves, low * (1 + 1e-9), nodes):
             return low
-        while high - low > 1e-7 * low:
-            middle = 0.5 * (low + high)
+        step = 0.5 if seconds is None else 1 / 16
+        finest = 1e-7 * low if seconds is None else max(STEP * (high - low), 1e-7 * low)
+        while high - low > finest:
+            if seconds is not None:
+                left = end - time.perf_counter()
+                nodes = int(left / 3 * PACE)
+                if nodes <= 0:
+                    break
+            middle = low + step * (high - low)
             if self.refutes(moves, middle, nodes):
-                low = middle
+                low, step = middle, min(2 * step, 0.5)
             else:
-                high = middle
+                high, step = middle, 0.5
         return low

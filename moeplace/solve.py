@@ -10,7 +10,7 @@ import numpy as np
 
 from moeplace.bounds import EXHAUSTIVE, FEW, lifted_bound, lower_bound
 from moeplace.errors import PolicyNotApplicable, ProblemError
-from moeplace.evaluate import Evaluation
+from moeplace.evaluate import Evaluation, evaluate
 from moeplace.feasible import explain_infeasible, refuted
 from moeplace.plan import Plan
 from moeplace.policies import POLICIES
@@ -33,8 +33,8 @@ WARM_STEPS = 200_000
 SMALL = 300
 #: Nodes of the exhaustive search of a tiny layer, for each makespan; and of them in a second.
 NODES, PACE = 10_000_000, 20_000_000
-#: Seconds a layer from which the bound on few moves is searched deeper, and with how many nodes.
-DEEP, DEEP_NODES = 2.0, 300_000
+#: Seconds a layer from which the bound on few moves is searched deeper, and by when that ends.
+DEEP, PROOF_SHARE = 2.0, 0.7
 #: Seconds, or deterministic seconds, of each layer that an exact method has without limits.
 DEFAULT_SECONDS = 10.0
 
@@ -53,6 +53,7 @@ def solve(
     warm_start: WarmStart = "auto",
     solver_options: Mapping[str, Any] | None = None,
     solver_log: Callable[[str], None] | None = None,
+    fill: bool = False,
 ) -> Result:
     """Find a plan and prove how far from the optimum it can be.
 
@@ -89,6 +90,9 @@ def solve(
         Parameters of an exact method's solver, passed on under its own names.
     solver_log : callable, optional
         Called with each line of the solver's log.
+    fill : bool
+        Put a replica into every slot that the plan leaves EMPTY, as most engines' files need; it
+        may cost time, above all where an activated replica costs some.
 
     Returns
     -------
@@ -167,6 +171,10 @@ def solve(
         if run.best is None:
             raise
         interrupted = True
+    if fill and run.best is not None:
+        from moeplace.search.fill import fill as filled
+
+        run.best = evaluate(problem, filled(problem, run.best.plan))
     spent = time.perf_counter() - began
     if run.best is not None:
         return finish(problem, method, run.bound, run.best, limits, spent, run.work, interrupted)
@@ -208,12 +216,15 @@ def _auto(run: "Run", start: Plan | None) -> None:
     if small and run.best is not None and problem.windows == 1 and problem.routing == "even":
         _try_all(run)
     if few and run.best is not None and run.best.legal:
-        for layer in np.flatnonzero(run.open).tolist():
-            if run.late(2 * WARM_SHARE):
-                break
+        left = np.flatnonzero(run.open).tolist()
+        for turn, layer in enumerate(left):
             high = run.bound.per_layer.copy()  # only this layer is searched
             high[:, layer] = run.best.makespan[:, layer]
-            lifted = few_moves(problem, run.bound.per_layer, high, DEEP_NODES)
+            seconds = (PROOF_SHARE * (limit or 0.0) - run.seconds) / (len(left) - turn)
+            if seconds <= 0:
+                break
+            each = seconds / problem.windows
+            lifted = few_moves(problem, run.bound.per_layer, high, each)
             run.bound = lifted_bound(problem, run.bound, lifted, FEW)
     if run.best is not None and not run.open.any():
         return

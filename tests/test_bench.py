@@ -1,6 +1,7 @@
 """Suites on tiny cases: their tables, their seeds, and the command that prints them."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moeplace import bench, cli, instances
+from moeplace import bench, bench_hard, bench_latency, cli, instances
 from moeplace.bench import REPORT_SEEDS, SUITES, Case, Row, markdown
 from moeplace.errors import ProblemError
 from moeplace.evaluate import evaluate
@@ -17,6 +18,7 @@ from moeplace.problem import Problem
 from moeplace.result import Result
 from moeplace.solve import solve
 
+SOURCES = Path(__file__).parents[1] / "instances" / "sources"
 #: Seeds on which parameters were tuned, says the module.
 TUNING_SEEDS = range(5)
 TINY = (2, 32, 40, 8)
@@ -59,6 +61,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         ("REPORT_SEEDS", REPORT_SEEDS[:2]),
     ):
         monkeypatch.setattr(bench, name, value)
+    for name in ("generate", "solve"):
+        monkeypatch.setattr(bench_latency, name, {"generate": generate, "solve": quick}[name])
+    monkeypatch.setattr(bench_hard, "SHAPE", (1, 64, 72, 32))
+    monkeypatch.setattr(bench_hard, "SECONDS", 0.3)
     monkeypatch.setattr(bench.run, "__defaults__", (REPORT_SEEDS[:2], "auto"))
     return heard
 
@@ -95,6 +101,8 @@ def shipped(tmp_path: Path) -> Path:
         instances.write_instance(one, real / f"{name}.json")
     times = {"relative_time": {"a fleet": np.linspace(0.95, 1.05, 40).tolist()}}
     (sources / "gpu_relative_time.json").write_text(json.dumps(times))
+    for name in ("moe_kernel_latency.csv", "moe_kernel_latency_grid.csv"):
+        shutil.copy(SOURCES / name, sources)
     return tmp_path
 
 

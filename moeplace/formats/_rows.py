@@ -47,7 +47,8 @@ def check_full_slots(plan: Plan, engine: str) -> None:
         layer, slot = first(empty)
         raise PlanError(
             f"Plan leaves slot {slot} (rank {plan.rank_of_slot[slot]}) of layer {layer} EMPTY: "
-            f"{engine} needs an expert in every slot. Plan with as many slots as are used."
+            f"{engine} needs an expert in every slot. Solve with --fill, or use mp.fill(problem, "
+            "plan)."
         )
 
 

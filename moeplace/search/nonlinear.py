@@ -2,7 +2,8 @@
 
 1. The planners for linear speeds solve the problem with each rank's tokens per second next to
    the makespan that is aimed at (`latency.linear`), rules and all.
-   Under an engine's own dispatch rule, or a limit on traffic off nodes, this is all.
+   Under an engine's own dispatch rule, or a limit on traffic off nodes, the plan for even
+   routing by the true times is tried beside it, and that is all.
 2. Without rules over placements, layers are also constructed with as many replicas as the
    makespan needs at the least, and with a few more: in decode an activated replica costs more
    than the tokens that it takes over.
@@ -12,11 +13,13 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 
 from moeplace._check import FloatArray, IntArray
 from moeplace.bounds import layer_floor, lower_bound
+from moeplace.constraints import MaxOffNode
 from moeplace.plan import Plan
 from moeplace.problem import Problem
 from moeplace.search import portfolio
@@ -39,9 +42,12 @@ def by_true_times(run: "portfolio.Run", start: Plan | None, pool: ThreadPoolExec
     _by_speeds(run, start)
     if run.best is not None and not run.open.any():
         return
-    if problem.max_moves is None and problem.node_groups is None and not _unknown(problem):
+    if _unknown(problem):
+        _as_if_even(run, start)
+        return
+    if problem.max_moves is None and problem.node_groups is None:
         _few_replicas(run, pool)
-    if run.kept is None or _unknown(problem):
+    if run.kept is None:
         return
     kept = run.kept.plan
     state = _state(run, kept)
@@ -55,6 +61,23 @@ def by_true_times(run: "portfolio.Run", start: Plan | None, pool: ThreadPoolExec
 def _unknown(problem: Problem) -> bool:
     """Whether the search by true times does not know the engine's rule, or traffic off nodes."""
     return problem.routing not in ("even", "weighted") or problem.max_off_node is not None
+
+
+def _as_if_even(run: "portfolio.Run", start: Plan | None) -> None:
+    """What the search by true times finds for even routing, priced under the engine's rule."""
+    problem = run.problem
+    rules = [rule for rule in problem.constraints if not isinstance(rule, MaxOffNode)]
+    even = replace(problem, routing="even", constraints=rules)
+    one = portfolio.Run(
+        even, lower_bound(even), portfolio.part(run, 1.0, 1), time.perf_counter(), run.seed,
+        run.workers, None, quota=run.quota,
+    )  # fmt: skip
+    try:
+        portfolio.search(one, None if start is None else start.with_split(None))
+    finally:
+        run.work += one.work
+        if one.kept is not None:
+            run.offer(one.kept.plan.with_split(None))
 
 
 def _by_speeds(run: "portfolio.Run", start: Plan | None) -> None:

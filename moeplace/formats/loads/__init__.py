@@ -11,8 +11,9 @@ import numpy as np
 from moeplace._files import PathLike, reading
 from moeplace.errors import FormatError, ProblemError
 from moeplace.formats._npy import MAGIC, npz
-from moeplace.formats.loads import binary, sglang, tensorrt_llm, text, trace
+from moeplace.formats.loads import binary, observe, sglang, tensorrt_llm, text, trace
 from moeplace.formats.loads._raw import Ask, Raw, ReadProgress, window_of
+from moeplace.integrations.observe import is_observed
 from moeplace.loads import LoadHistogram, Phase
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ FORMATS: dict[str, Callable[[PathLike, Ask], Raw]] = {
     "lmdeploy": text.read_lmdeploy,
     "npy": binary.read_npy,
     "npz": binary.read_npz,
+    "observe": observe.read,
     "omni": text.read_omni,
     "sglang": sglang.read,
     "tensorrt-llm": tensorrt_llm.read,
@@ -62,9 +64,9 @@ def read_loads(
     Parameters
     ----------
     path : path
-        A file, or for TensorRT-LLM a folder.
-    format : {"adrs", "csv", "instance", "json", "lmdeploy", "npy", "npz", "omni", "sglang", \
-"tensorrt-llm", "trace"}, optional
+        A file, or for TensorRT-LLM and ``observe`` (see `moeplace.integrations.observe`) a folder.
+    format : {"adrs", "csv", "instance", "json", "lmdeploy", "npy", "npz", "observe", "omni", \
+"sglang", "tensorrt-llm", "trace"}, optional
         By default it is told from the content, and logged; where that leaves a choice, it is
         an error that lists the candidates.
     phase : {"prefill", "decode", "mixed"}, optional
@@ -192,9 +194,11 @@ def detect(path: PathLike) -> str:
     if Path(path).is_dir():
         if (Path(path) / "meta_info.json").exists():
             return "tensorrt-llm"
+        if is_observed(path):
+            return "observe"
         raise FormatError(
-            f"{path}: is a folder without meta_info.json, so not TensorRT-LLM's statistics. Name a "
-            "file in it."
+            f"{path}: is a folder without meta_info.json (TensorRT-LLM's statistics) or "
+            "moeplace-observe.json (what a policy recorded). Name a file in it."
         )
     with reading(path), Path(path).open("rb") as file:
         head = file.read(4096)
