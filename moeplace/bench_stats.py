@@ -155,7 +155,7 @@ def solved_within(seconds: Any, reached: Any, at: Any) -> FloatArray:
 def _shares(values: FloatArray, at: FloatArray) -> FloatArray:
     ordered = np.sort(values, axis=1)
     counts = np.array([np.searchsorted(row, at, side="right") for row in ordered], dtype=float)
-    return counts / values.shape[1]
+    return np.asarray(counts / values.shape[1])
 
 
 def by_instance(values: FloatArray, instances: Sequence[str]) -> tuple[list[str], FloatArray]:

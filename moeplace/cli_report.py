@@ -25,6 +25,7 @@ from moeplace.cli import (
 )
 from moeplace.compare import percent, printable
 from moeplace.errors import ProblemError
+from moeplace.integrations.observe import is_observed
 from moeplace.plan import Plan
 from moeplace.study import SECONDS
 
@@ -75,6 +76,9 @@ def report(
     check_output(out, [path for path in (instance, profile, *paths) if path is not None])
     if expert_bytes is not None and expert_bytes < 1:
         raise ProblemError(f"--expert-bytes must be at least 1, got {expert_bytes}.")
+    if is_observed(instance):
+        _observed(instance, out, as_json, quiet)
+        return
     given = read_given(instance, sum_windows, profile)
     named: dict[str, Plan] = {}
     for path in paths:
@@ -110,6 +114,18 @@ def report(
             f"{out}: {len(text.encode()) / 1e6:.1f} MB, {len(found.plans)} plans; ours is within "
             f"{percent(found.result.gap)} of the bound\n"
         )
+
+
+def _observed(folder: str, out: str, as_json: bool, quiet: bool) -> None:
+    """A report on decisions that were recorded inside an engine."""
+    from moeplace.report_observe import report_observed
+
+    text = report_observed(folder)
+    write_text(out, text)
+    if as_json:
+        write_json({"out": out, "bytes": len(text.encode())})
+    elif not quiet:
+        write(f"{out}: {len(text.encode()) / 1e6:.1f} MB\n")
 
 
 def add_commands(app: typer.Typer) -> None:

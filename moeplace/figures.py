@@ -75,22 +75,22 @@ def rank_times(
     figure = go.Figure()
     wide = 1.0 / max(len(times), 1)
     for number, (name, rows) in enumerate(times.items()):
-        axis = "" if number == 0 else str(number + 1)
+        place = "" if number == 0 else str(number + 1)
         figure.add_heatmap(
             z=np.asarray(rows, dtype=np.float32),
             coloraxis="coloraxis",
-            xaxis=f"x{axis}",
-            yaxis=f"y{axis}",
+            xaxis=f"x{place}",
+            yaxis=f"y{place}",
             name=name,
             hovertemplate=f"layer %{{y}}, rank %{{x}}: %{{z:.5g}} {label}<extra>%{{fullData.name}}"
             "</extra>",
         )
         left = number * wide
-        figure.layout[f"xaxis{axis}"] = _axis(
+        figure.layout[f"xaxis{place}"] = axis(
             "rank", domain=[left, left + wide - (0.06 if number < len(times) - 1 else 0)]
         )
-        figure.layout[f"yaxis{axis}"] = _axis(
-            "layer" if number == 0 else "", autorange="reversed", anchor=f"x{axis}"
+        figure.layout[f"yaxis{place}"] = axis(
+            "layer" if number == 0 else "", autorange="reversed", anchor=f"x{place}"
         )
         figure.add_annotation(
             text=_text(name), x=left, y=1.0, xref="paper", yref="paper", xanchor="left",
@@ -104,7 +104,7 @@ def rank_times(
             "colorbar": {"title": {"text": label, "side": "right"}, "thickness": 12},
         }
     )
-    return _dressed(figure, height=460)
+    return dressed(figure, height=460)
 
 
 def span(times: Mapping[str, FloatArray]) -> tuple[float, float]:
@@ -150,11 +150,11 @@ def layer_bounds(
         axis="y2", floor=0.28,
     )  # fmt: skip
     figure.update_layout(
-        xaxis=_axis("layer", anchor="y2"),
-        yaxis=_axis(f"time ({unit})", domain=[0.55, 1.0], rangemode="tozero"),
-        yaxis2=_axis("gap (log)", domain=[0.0, 0.45], type="log", exponentformat="power"),
+        xaxis=axis("layer", anchor="y2"),
+        yaxis=axis(f"time ({unit})", domain=[0.55, 1.0], rangemode="tozero"),
+        yaxis2=axis("gap (log)", domain=[0.0, 0.45], type="log", exponentformat="power"),
     )
-    return _dressed(figure, height=480, right=130)
+    return dressed(figure, height=480, right=130)
 
 
 def load_curve(tokens: FloatArray) -> "Figure":
@@ -196,10 +196,10 @@ def load_curve(tokens: FloatArray) -> "Figure":
             named.append((name, float(curve[curve.size // 2]), colour))
     _name_ends(figure, named, floor=0.07, at=0.5, left=True)
     figure.update_layout(
-        xaxis=_axis("share of experts, busiest first", tickformat=".0%", range=[0, 1]),
-        yaxis=_axis("share of tokens", tickformat=".0%", range=[0, 1.02]),
+        xaxis=axis("share of experts, busiest first", tickformat=".0%", range=[0, 1]),
+        yaxis=axis("share of tokens", tickformat=".0%", range=[0, 1.02]),
     )
-    return _dressed(figure, height=380)
+    return dressed(figure, height=380)
 
 
 def rank_speeds(speeds: FloatArray, slots: IntArray) -> "Figure":
@@ -211,9 +211,9 @@ def rank_speeds(speeds: FloatArray, slots: IntArray) -> "Figure":
         hovertemplate="rank %{x}: %{y:+.2%} of the mean speed, %{customdata} slots<extra></extra>",
     )  # fmt: skip
     figure.update_layout(
-        xaxis=_axis("rank"), yaxis=_axis("speed against the mean", tickformat="+.0%")
+        xaxis=axis("rank"), yaxis=axis("speed against the mean", tickformat="+.0%")
     )
-    return _dressed(figure, height=260)
+    return dressed(figure, height=260)
 
 
 def replicas(plans: Mapping[str, IntArray], tokens: FloatArray) -> "Figure":
@@ -239,14 +239,14 @@ def replicas(plans: Mapping[str, IntArray], tokens: FloatArray) -> "Figure":
         ends.append((name, float(np.log10(max(mean[0], 1e-3))), colour))
     _name_ends(figure, ends, floor=0.07, at=0.0, left=True, log_x=True)
     figure.update_layout(
-        xaxis=_axis(
+        xaxis=axis(
             "experts of a layer, busiest first (log)",
             type="log",
             tickvals=[1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000],
         ),
-        yaxis=_axis("replicas (log)", type="log", tickvals=[1, 2, 4, 8, 16, 32, 64, 128]),
+        yaxis=axis("replicas (log)", type="log", tickvals=[1, 2, 4, 8, 16, 32, 64, 128]),
     )
-    return _dressed(figure, height=360)
+    return dressed(figure, height=360)
 
 
 def moves(received: Mapping[str, IntArray]) -> "Figure":
@@ -264,8 +264,8 @@ def moves(received: Mapping[str, IntArray]) -> "Figure":
         ends.append((name, float(count[-1]), colour))
     most = max((float(count.max()) for count in received.values()), default=1.0)
     _name_ends(figure, ends, floor=0.08 * max(most, 1.0))
-    figure.update_layout(xaxis=_axis("layer"), yaxis=_axis("copies received", rangemode="tozero"))
-    return _dressed(figure, height=300, right=130)
+    figure.update_layout(xaxis=axis("layer"), yaxis=axis("copies received", rangemode="tozero"))
+    return dressed(figure, height=300, right=130)
 
 
 def pareto(points: Sequence[Point], *, unit: str = "s", moved: str = "bytes") -> "Figure":
@@ -302,9 +302,9 @@ def pareto(points: Sequence[Point], *, unit: str = "s", moved: str = "bytes") ->
         floor=0.08 * height, at=x[0], left=True,
     )  # fmt: skip
     figure.update_layout(
-        xaxis=_axis(f"moved ({what})"), yaxis=_axis(f"step time ({unit})", tickformat=".4~s")
+        xaxis=axis(f"moved ({what})"), yaxis=axis(f"step time ({unit})", tickformat=".4~s")
     )
-    return _dressed(figure, height=360)
+    return dressed(figure, height=360)
 
 
 def convergence(progress: Sequence[Progress], *, unit: str = "s") -> "Figure":
@@ -331,11 +331,11 @@ def convergence(progress: Sequence[Progress], *, unit: str = "s") -> "Figure":
         floor=0.25 * height, at=x[0], left=True,
     )  # fmt: skip
     figure.update_layout(
-        xaxis=_axis("seconds", anchor="y2"),
-        yaxis=_axis(f"step time ({unit})", domain=[0.58, 1.0], tickformat=".4~s"),
-        yaxis2=_axis("gap (log)", domain=[0.0, 0.42], type="log", exponentformat="power"),
+        xaxis=axis("seconds", anchor="y2"),
+        yaxis=axis(f"step time ({unit})", domain=[0.58, 1.0], tickformat=".4~s"),
+        yaxis2=axis("gap (log)", domain=[0.0, 0.42], type="log", exponentformat="power"),
     )
-    return _dressed(figure, height=400)
+    return dressed(figure, height=400)
 
 
 def changes(answers: Sequence[Answer]) -> "Figure":
@@ -361,10 +361,10 @@ def changes(answers: Sequence[Answer]) -> "Figure":
         hovertemplate="%{y}: %{x:+.3%} at best, proven<extra></extra>",
     )  # fmt: skip
     figure.update_layout(
-        xaxis=_axis("change of the step time; bar: plan found, stroke: at best", tickformat="+.1%"),
-        yaxis={**_axis(""), "autorange": "reversed", "automargin": True},
+        xaxis=axis("change of the step time; bar: plan found, stroke: at best", tickformat="+.1%"),
+        yaxis={**axis(""), "autorange": "reversed", "automargin": True},
     )
-    return _dressed(figure, height=90 + 26 * max(len(told), 1))
+    return dressed(figure, height=90 + 26 * max(len(told), 1))
 
 
 def profile(shares: Mapping[str, FloatArray], factors: FloatArray) -> "Figure":
@@ -409,10 +409,10 @@ def _steps(shares: Mapping[str, FloatArray], at: FloatArray, title: str, what: s
             for (name, share), style in zip(shares.items(), styles, strict=True)]  # fmt: skip
     _name_ends(figure, ends, floor=0.08)
     figure.update_layout(
-        xaxis=_axis(title, type="log", exponentformat="power"),
-        yaxis=_axis("share of instances", tickformat=".0%", range=[0, 1.05]),
+        xaxis=axis(title, type="log", exponentformat="power"),
+        yaxis=axis("share of instances", tickformat=".0%", range=[0, 1.05]),
     )
-    return _dressed(figure, height=380, right=130)
+    return dressed(figure, height=380, right=130)
 
 
 def _styles(count: int) -> list[tuple[str, str, str]]:
@@ -446,7 +446,8 @@ def _name_ends(
         )  # fmt: skip
 
 
-def _axis(title: str, **more: Any) -> dict[str, Any]:
+def axis(title: str, **more: Any) -> dict[str, Any]:
+    """An axis in the ink of all figures."""
     return {
         "title": {"text": title},
         "gridcolor": GRID,
@@ -464,7 +465,8 @@ def _text(name: str) -> str:
     return name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def _dressed(figure: Any, *, height: int, right: int = 20) -> "Figure":
+def dressed(figure: Any, *, height: int, right: int = 20) -> "Figure":
+    """The figure in the layout of all figures."""
     figure.update_layout(
         template="none",
         height=height,

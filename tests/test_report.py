@@ -299,3 +299,30 @@ def test_command_refuses_bad_input_and_writes_nothing(
         figures.plotly()
     assert not (tmp_path / "r.html").exists()
     assert instance.read_bytes() == before
+
+
+def test_an_observe_folder_is_reported(run: Run, tmp_path: Path, problem: Problem) -> None:
+    from moeplace.integrations.observe import Decision, Recorder
+
+    folder, out = tmp_path / "observed", tmp_path / "r.html"
+    before, after = evaluate(problem, POLICIES["contiguous"](problem)), solve(problem, gap=0.1)
+    for verdict in ("keep", "</script><b>"):
+        Recorder(folder, 10**9).write(
+            Decision(
+                weight=problem.mean_load[0], old=before.plan.slots, proposed=after.plan.slots,
+                before=layer_cost(before), after=problem.mean(after.layers.objective),
+                bound=problem.mean(after.bound.per_layer),
+                copies=after.plan.moves_from(before.plan).sum(axis=1),
+                speeds=problem.cluster.speeds, about={"verdict": verdict, "reason": "a & b"},
+            )
+        )  # fmt: skip
+    answer = run("report", str(folder), "--out", str(out))
+    assert answer.code == 0, answer.err
+    text = out.read_text(encoding="utf-8")
+    page = Parsed(text)
+    assert [each["id"] for each in page.of("h2")] == ["decisions", "last"]
+    saved = json.loads(page.texts["data-saving"])["data"][0]
+    assert saved["mode"] == "lines+markers"
+    assert "</script><b>" not in text
+    assert "a &amp; b" in text
+    assert run("report", str(tmp_path), "--out", str(out)).code == 2
