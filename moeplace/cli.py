@@ -27,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moeplace import __version__
-from moeplace._files import check_output, write_text
+from moeplace._files import check_output
 from moeplace.batches import Batches, over_batches
 from moeplace.bounds import Bound, lower_bound, recompute
 from moeplace.certificate import write_certificate
@@ -71,7 +71,6 @@ from moeplace.result import OPTIMAL_GAP, Progress, Result, Status, gap
 from moeplace.solve import METHODS
 from moeplace.solve import solve as find
 from moeplace.summary import lines, summarise
-from moeplace.sweep import on_dask
 
 OK, INTERNAL, BAD_INPUT, INFEASIBLE, NONE_IN_TIME, REFUSED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 
@@ -784,39 +783,6 @@ def certify(
     write("\n".join(aligned(words)) + "\n")
 
 
-@app.command(epilog=example("bench few-spares --out few-spares.md"))
-def bench(
-    suite: Annotated[str, typer.Argument(help="A suite's name; an unknown one lists them.")],
-    instances: Annotated[
-        Path, typer.Option(help="The folder of shipped instances.", show_default=True)
-    ] = Path("instances"),
-    out: Annotated[
-        Path | None, typer.Option(help="Write the table there, as Markdown, too.")
-    ] = None,
-    dask: Dask = None,
-    as_json: AsJson = False,
-) -> None:
-    """Measure a suite of cases and print its table; times are ratios to a baseline beside."""
-    from moeplace.bench import SUITES, markdown
-
-    if suite not in SUITES:
-        raise ProblemError(f"Suite must be one of {', '.join(SUITES)}, got {suite!r}.")
-    if out is not None:
-        check_output(out)
-    rows = []
-    with on_dask(dask):
-        for row in SUITES[suite](instances):
-            rows.append(row)
-            sys.stderr.write("  ".join(f"{key} {value}" for key, value in row.items()) + "\n")
-    text = markdown(suite, rows)
-    if out is not None:
-        write_text(out, text)
-    if as_json:
-        write_json({"suite": suite, "rows": rows})
-    else:
-        write(text)
-
-
 # -------------------------------------------------------------------------------- inputs
 
 
@@ -1129,17 +1095,28 @@ def _reading() -> Iterator[Callable[[int, int], None] | None]:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line (by default `sys.argv`) and exit with its code."""
     from moeplace import (  # they import this
+        cli_bench,
         cli_engine,
         cli_fit,
         cli_migrate,
         cli_replay,
+        cli_report,
         cli_simulate,
         cli_watch,
         cli_whatif,
     )
 
-    modules = (cli_fit, cli_replay, cli_migrate, cli_watch, cli_whatif, cli_engine, cli_simulate)
-    for module in modules:
+    for module in (
+        cli_fit,
+        cli_replay,
+        cli_migrate,
+        cli_watch,
+        cli_whatif,
+        cli_engine,
+        cli_report,
+        cli_bench,
+        cli_simulate,
+    ):
         module.add_commands(app)
     for stream in (sys.stdout, sys.stderr):  # what the terminal cannot show is escaped
         reconfigure = getattr(stream, "reconfigure", None)

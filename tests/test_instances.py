@@ -555,11 +555,11 @@ def test_the_script_makes_exactly_what_is_shipped(tmp_path: Path) -> None:
 
 def test_rows_of_other_instances_are_kept(tmp_path: Path) -> None:
     made = runpy.run_path(str(FOLDER / "make.py"))
-    head = "instance,routing,objective,lower_bound,proof\n"
+    head = "instance,routing,objective,lower_bound,proof,work_limit,plan_digest\n"
     (tmp_path / "best_known.csv").write_text(
-        head + "real/x,even,2,1,cp-sat\nsmall/gone,even,1,1,-\n"
+        head + "real/x,even,2,1,cp-sat,9,ab\nsmall/gone,even,1,1,-,,\n"
     )
     made["main"](tmp_path)
     text = (tmp_path / "best_known.csv").read_text()
-    assert text.endswith("real/x,even,2,1,cp-sat\n")
+    assert text.endswith("real/x,even,2,1,cp-sat,9,ab\n")
     assert "small/gone" not in text

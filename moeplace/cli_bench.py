@@ -1,0 +1,149 @@
+"""The command `moeplace bench`: suites of cases, tables of runs, and the best known values."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moeplace._files import check_output, write_text
+from moeplace.cli import REFUSED, AsJson, Dask, example, write, write_json
+from moeplace.errors import ProblemError
+from moeplace.sweep import on_dask
+
+
+def bench(
+    suite: Annotated[
+        str | None,
+        typer.Argument(
+            help="A suite's name; an unknown one lists them. Without it a table of runs goes to "
+            "--out.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Of a suite: write the table there, as Markdown, too. Else the folder of the "
+            "table of runs; one that was begun goes on.",
+            show_default=False,
+        ),
+    ] = None,
+    sets: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="Sets of instances: real, real-windows, tiny, or 30 of the shapes A to D.",
+        ),
+    ] = "real,A",
+    methods: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Methods, as in moeplace solve.")
+    ] = "contiguous,eplb,eplb_lpt,vibe,auto",
+    seeds: Annotated[
+        str, typer.Option(metavar="N,...", help="Seeds of searches; not 0 to 4.")
+    ] = "100",
+    time_limit: Annotated[float, typer.Option(metavar="SECONDS", help="Of each run.")] = 1.0,
+    jobs: Annotated[
+        int, typer.Option(metavar="N", help="Runs at once, which slows each of them.")
+    ] = 1,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Reproduce every row of best_known.csv; refused rows end 5."),
+    ] = False,
+    only: Annotated[
+        str, typer.Option(metavar="PREFIX", help="With --check: rows of these instances alone.")
+    ] = "",
+    update_best: Annotated[
+        bool, typer.Option("--update-best", help="Solve the real instances and rewrite their rows.")
+    ] = False,
+    instances: Annotated[
+        Path, typer.Option(help="The folder of shipped instances.", show_default=True)
+    ] = Path("instances"),
+    dask: Dask = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure methods: a suite's table, a resumable table of runs, or the best known values."""
+    if sum((suite is not None, check, update_best)) > 1:
+        raise ProblemError("Give a suite, --check or --update-best, not two of them.")
+    if suite is not None:
+        with on_dask(dask):
+            _suite(suite, out, instances, as_json)
+    elif check:
+        _check(instances, only, as_json)
+    elif update_best:
+        from moeplace.best_known import update
+
+        for line in update(instances):
+            write(line + "\n", sys.stderr)
+    elif out is None:
+        raise ProblemError("Give a suite, --check, or a folder with --out.")
+    else:
+        from moeplace.bench_table import Row, Settings, fill
+
+        def told(row: Row) -> None:
+            words = (row[key] for key in ("set", "instance", "method", "seed", "status", "ratio"))
+            write("  ".join(words) + "\n", sys.stderr)
+
+        try:
+            numbers = tuple(int(seed) for seed in seeds.split(","))
+        except ValueError:
+            raise ProblemError(f"--seeds must be whole numbers, got {seeds!r}.") from None
+        settings = Settings(
+            sets=tuple(sets.split(",")),
+            methods=tuple(methods.split(",")),
+            seeds=numbers,
+            time_limit=time_limit,
+            jobs=jobs,
+        )
+        rows = fill(out, settings, instances, told)
+        if as_json:
+            write_json({"out": str(out), "rows": rows})
+        else:
+            write((out / "summary.md").read_text(encoding="utf-8"))
+
+
+def _suite(suite: str, out: Path | None, instances: Path, as_json: bool) -> None:
+    from moeplace.bench import SUITES, markdown
+
+    if suite not in SUITES:
+        raise ProblemError(f"Suite must be one of {', '.join(SUITES)}, got {suite!r}.")
+    if out is not None:
+        check_output(out)
+    rows = []
+    for row in SUITES[suite](instances):
+        rows.append(row)
+        write("  ".join(f"{key} {value}" for key, value in row.items()) + "\n", sys.stderr)
+    text = markdown(suite, rows)
+    if out is not None:
+        write_text(out, text)
+    if as_json:
+        write_json({"suite": suite, "rows": rows})
+    else:
+        write(text)
+
+
+def _check(instances: Path, only: str, as_json: bool) -> None:
+    from moeplace.best_known import check
+
+    rows = []
+    for row in check(instances, only):
+        rows.append(row)
+        word = f"REFUSED: {row.refused}" if row.refused else f"reproduced, bound {row.bound}"
+        write(f"{row.instance} {row.routing}: {word}\n", sys.stderr)
+    refused = [row for row in rows if row.refused]
+    if as_json:
+        write_json({
+            "rows": len(rows),
+            "refused": [f"{row.instance} {row.routing}: {row.refused}" for row in refused],
+        })  # fmt: skip
+    else:
+        write(f"{len(rows) - len(refused)} of {len(rows)} rows reproduced\n")
+    if refused:
+        raise typer.Exit(REFUSED)
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the command, once."""
+    if all(command.callback is not bench for command in app.registered_commands):
+        app.command(epilog=example("bench --out runs --sets real,A --time-limit 1"))(bench)
