@@ -16,7 +16,7 @@ from moeplace.feasible import explain_infeasible, refuted
 from moeplace.plan import Plan
 from moeplace.policies import POLICIES
 from moeplace.problem import Problem
-from moeplace.result import Limits, Progress, Result, Status, finish
+from moeplace.result import OPTIMAL_GAP, Limits, Progress, Result, Status, finish
 from moeplace.search.split import at_best_shares
 
 if TYPE_CHECKING:
@@ -162,7 +162,8 @@ def solve(
     if method in POLICIES:
         evaluation = _policy(problem, method)
         return finish(problem, method, bound, evaluation, limits, time.perf_counter() - began)
-    run = Run(problem, bound, limits, began, seed, workers, progress)
+    ends = replace(limits, gap=max(gap, OPTIMAL_GAP / 2))  # then no more can be proven
+    run = Run(problem, bound, ends, began, seed, workers, progress)
     interrupted = False
     claimed = False
     try:
