@@ -12,6 +12,8 @@ from moeplace.problem import Problem
 RANKS, EXPERTS = 10, 32
 #: Tokens are multiplied to whole numbers of this size for all of a layer's load.
 GRID = float(1 << 44)
+#: Less than this in all is no load: its grid would overflow.
+LEAST = 1e-250
 #: Nodes of the search when a bound is checked again.
 THOROUGH = 2_000_000_000
 
@@ -117,7 +119,7 @@ class Exhaustive:
         load, base = problem.tokens[window, layer], problem.base[window, layer]
         order = np.argsort(-load, kind="stable")
         total = float(load.sum() + base.sum())
-        self.scale = GRID / total if total > 0 else 1.0
+        self.scale = GRID / total if total > LEAST else 1.0  # all of it counts as nothing then
         self.load = np.floor(load[order] * self.scale).astype(np.int64)
         self.base = np.floor(base * self.scale)[self.holds]
         self.free = np.minimum(cluster.slots, problem.experts)[self.holds].astype(np.int64)

@@ -22,6 +22,8 @@ THOROUGH = 2_000_000_000
 PACE, STEP = 20_000_000, 0.02
 #: Tokens are multiplied to whole numbers of this size for the busiest rank.
 GRID = float(1 << 44)
+#: Less than this in all is no load: its grid would overflow.
+LEAST = 1e-250
 
 
 def stay_curve(problem: Problem, window: int, layer: int, slack: float) -> FloatArray:
@@ -207,7 +209,7 @@ class FewMoves:
         load, base = problem.tokens[window, layer], problem.base[window, layer]
         self.cluster, self.capacity = problem.cluster, problem.capacity
         total = float(load.sum() + base.sum())
-        self.scale = GRID / total if total > 0 else 1.0
+        self.scale = GRID / total if total > LEAST else 1.0  # all of it counts as nothing then
         whole = np.floor(load * self.scale).astype(np.int64)
         self.carried = np.floor(base * self.scale).astype(np.int64)
         held: list[list[int]] = [[] for _ in range(load.size)]

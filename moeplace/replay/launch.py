@@ -189,7 +189,11 @@ def _await(
 
 def _why(codes: list[int | None], folder: Path) -> str:
     """The first cause: a killed rank, then a rank's own error, then one that lost another."""
-    killed = [rank for rank, code in enumerate(codes) if code is not None and code < 0]
+    killed = [
+        rank
+        for rank, code in enumerate(codes)
+        if code is not None and code < 0 and not (folder / f"error{rank}").exists()
+    ]
     if killed:
         number = -(codes[killed[0]] or 0)
         with contextlib.suppress(ValueError):
@@ -250,4 +254,7 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(_main(Path(sys.argv[1]), sys.argv[2]))
+    ended = _main(Path(sys.argv[1]), sys.argv[2])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(ended)  # threads of gloo that have lost a rank may abort an orderly exit
