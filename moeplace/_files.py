@@ -288,6 +288,19 @@ def check_output(path: PathLike, inputs: Iterable[PathLike] = ()) -> None:
             )
 
 
+def check_outputs(paths: Iterable[PathLike | None], inputs: Iterable[PathLike] = ()) -> None:
+    """`check_output` for each path that is given; no two may be the same file."""
+    given = [path for path in paths if path is not None]
+    for number, path in enumerate(given):
+        check_output(path, inputs)
+        target = _target(path)
+        if not _special(target) and target in [_target(other) for other in given[:number]]:
+            raise FormatError(
+                f"{path}: is given for two outputs, and one would overwrite the other. "
+                "Choose another path."
+            )
+
+
 def _target(path: PathLike) -> Path:
     """What writing to `path` would replace, links followed; FormatError if that cannot work."""
     try:

@@ -27,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moeplace import __version__
-from moeplace._files import check_output
+from moeplace._files import check_output, check_outputs
 from moeplace.batches import Batches, over_batches
 from moeplace.bounds import Bound, lower_bound, recompute
 from moeplace.certificate import write_certificate
@@ -274,8 +274,9 @@ def solve(
 ) -> None:
     """Find a plan and prove how far from the optimum it can be."""
     inputs = [path for path in (instance, start, profile) if path is not None]
-    if out is not None:
-        check_output(out, inputs)
+    check_outputs([out, certificate], inputs)
+    if profile is None and latency != "speed":
+        raise ProblemError("--latency is about the times of a profile: give --profile too.")
     if start is not None and method in POLICIES:
         raise ProblemError(f"Method {method} cannot start from a plan: drop --start or use auto.")
     given = read_given(instance, sum_windows, profile, latency)
@@ -538,9 +539,7 @@ def loads(
     as_json: AsJson = False,
 ) -> None:
     """Describe recorded loads, and warn of statistics that lie."""
-    for path in (out, instance):
-        if path is not None:
-            check_output(path, [file])
+    check_outputs([out, instance], [file])
     if len({instance is None, ranks is None, slots is None}) > 1:
         raise ProblemError("--instance, --ranks and --slots belong together: give all or none.")
     with _reading() as progress:

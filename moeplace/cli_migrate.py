@@ -4,7 +4,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from moeplace._files import check_output, write_json
+from moeplace._files import check_outputs, write_json
 from moeplace.cli import (
     AsJson,
     FirstMoeLayer,
@@ -152,9 +152,8 @@ def migrate_command(
     as_json: AsJson = False,
 ) -> None:
     """Say what a change of plan moves, in which order, how long it takes and when it pays."""
-    for path in (out, stages):
-        if path is not None:
-            check_output(path, [name for name in (instance, current, target) if name is not None])
+    inputs = [name for name in (instance, current, target) if name is not None]
+    check_outputs([out, stages], inputs)
     given = read_given(instance, sum_windows, profile)
     problem = given.problem
     held = read_of_instance(current, plan_format, first_moe_layer, problem)

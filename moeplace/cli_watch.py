@@ -6,7 +6,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from moeplace._files import check_output
+from moeplace._files import check_outputs
 from moeplace.cli import (
     AsJson,
     ProfileFile,
@@ -30,8 +30,11 @@ from moeplace.cli_migrate import (
 )
 from moeplace.compare import printable
 from moeplace.drift import Monitor
+from moeplace.errors import ProblemError
+from moeplace.formats.loads import FORMATS
 from moeplace.migrate import Engine
 from moeplace.replan import Economy
+from moeplace.result import Limits
 from moeplace.tradeoff import BUDGETS
 from moeplace.transfer import Links
 
@@ -139,8 +142,18 @@ def watch_command(
 
     state, log = state or f"{out}.state.json", log or f"{out}.log.jsonl"
     inputs = [path for path in (instance, plan, profile) if path is not None]
-    for path in (out, state, log):
-        check_output(path, inputs)
+    check_outputs([out, state, log], inputs)
+    if not (0 < interval < float("inf")):
+        raise ProblemError(f"--interval must be a number of seconds above 0, got {interval!r}.")
+    if load_format is not None and load_format not in FORMATS:
+        raise ProblemError(
+            f"--format must be one of {', '.join(sorted(FORMATS))}, got {load_format!r}."
+        )
+    if passes is not None and not passes > 0:
+        raise ProblemError(f"--passes must be above 0, got {passes!r}.")
+    if moves is not None and moves < 1:
+        raise ProblemError(f"--moves must be a whole number from 1, got {moves!r}.")
+    Limits(time=time_limit)  # refuses what is none
     problem = read_given(instance, False).problem
     economy = None
     if expert_bytes is not None:

@@ -117,6 +117,8 @@ def fit(samples: Samples, model: Model = "planes", *, seed: int = 0) -> Fit:
             f"{np.unique(samples.point).size}. Measure more."
         )
     shape = "planes" if model == "table" else model
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ProblemError(f"The seed must be a whole number from 0, got {seed!r}.")
     planes, slowness = _fitted(samples, "planes", seed)  # the form that fits best names outliers
     keep = _near(samples, _value(planes, slowness, samples))
     kept = samples.take(keep)

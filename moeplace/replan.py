@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from moeplace.errors import ProblemError
 from moeplace.migrate import Engine, migrate
@@ -43,6 +44,19 @@ class Economy:
     share: float = 0.5
     engine: Engine = "vllm"
     chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, kind in (("mode", self.mode, Mode), ("engine", self.engine, Engine)):
+            if value not in get_args(kind):
+                choices = ", ".join(get_args(kind))
+                raise ProblemError(f"The {name} must be one of {choices}, got {value!r}.")
+        if self.chunk is not None and self.chunk < 1:
+            raise ProblemError(f"The chunk must be a whole number from 1, got {self.chunk!r}.")
+        if not (0 <= self.slowdown < float("inf") and 0 <= self.steps < float("inf")):
+            raise ProblemError(
+                f"The slow-down and the steps must be at least 0, got {self.slowdown!r} "
+                f"and {self.steps!r}."
+            )
 
     def before(self, problem: Problem, price: float) -> float:
         """Seconds of a step under the current plan.

@@ -94,6 +94,8 @@ def tradeoff(
     """
     if per not in ("layer", "total"):
         raise ProblemError(f"Budgets are per layer or total, got {per!r}.")
+    if not (np.asarray(expert_bytes) >= 1).all():
+        raise ProblemError(f"Expert bytes must be at least 1, got {expert_bytes!r}.")
     for budget in budgets:
         whole = isinstance(budget, int | np.integer) and not isinstance(budget, bool)
         if not (whole and budget >= 0):

@@ -217,3 +217,34 @@ def test_stages_reach_a_plan_that_an_engine_made(run: Run, tmp_path: Path) -> No
     found = run("migrate", problem, current, new, "--sum-windows", "--json")
     assert found.json["moves"] == 1
     assert migrate(read_plan(current), read_plan(new), expert_bytes=1).moves == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--interval", "nan"], "--interval must be a number of seconds above 0"),
+        (["--format", "foo"], "--format must be one of"),
+        (["--passes", "0"], "--passes must be above 0"),
+        (["--moves", "-1"], "--moves must be a whole number from 1"),
+        (["--time-limit", "nan"], "time limit must be a finite number"),
+        (["--expert-bytes", "100", "--mode", "foo"], "mode must be one of stall, slowed"),
+        (["--expert-bytes", "100", "--engine", "foo"], "engine must be one of vllm, sglang"),
+        (
+            ["--expert-bytes", "100", "--slowdown", "-3"],
+            "slow-down and the steps must be at least 0",
+        ),
+        (["--state", "plan.out"], "is given for two outputs"),
+    ],
+)
+def test_watch_refuses_wrong_options_before_it_begins(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    one = generate((1, 8, 10, 2), 0).aggregate()
+    write_instance(one, "one.json")
+    write_plan(solve(one).plan, "plan.json")
+    (tmp_path / "dumps").mkdir()
+    arguments = ["dumps", "--instance", "one.json", "--plan", "plan.json", "--out", "plan.out"]
+    answer = run("watch", *arguments, "--once", *options)
+    assert answer.code == 2
+    assert said in " ".join(answer.err.split())

@@ -10,6 +10,7 @@ import pytest
 from moeplace import _files
 from moeplace._files import (
     check_output,
+    check_outputs,
     nested,
     plain,
     read_json,
@@ -287,3 +288,9 @@ def test_an_output_must_not_be_an_input(tmp_path: Path, monkeypatch: pytest.Monk
         check_output("loose", ["absent"])
     check_output("out.json", [path, "absent"])
     assert names(tmp_path) == ["hard", "in.json", "loose", "soft"]
+
+
+def test_outputs_must_differ_from_each_other(tmp_path: Path) -> None:
+    check_outputs([tmp_path / "a", None, tmp_path / "b"])
+    with pytest.raises(FormatError, match="is given for two outputs"):
+        check_outputs([tmp_path / "a", tmp_path / "sub" / ".." / "a"])
