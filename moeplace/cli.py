@@ -708,6 +708,8 @@ def _export_model(
         return
     if model not in ("lp", "mps"):
         raise FormatError(f"--model must be lp or mps, got {model!r}.")
+    beside = [Path(out).with_suffix(suffix) for suffix in (".json", ".mst")]
+    check_outputs([out, *beside], [path for path in (source, start) if path is not None])
     if start is not None:
         begin: Evaluation | None = price(problem, read_plan(start))
     else:

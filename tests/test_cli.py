@@ -769,3 +769,13 @@ def test_a_plan_is_whole_or_absent(tmp_path: Path, run: Run, monkeypatch: Any) -
     out = saved(tmp_path / "plan.json", b"precious")
     assert run("solve", TOY, *QUICK, "--out", out).code == 1
     assert out.read_bytes() == b"precious"
+
+
+def test_names_beside_a_model_never_overwrite_the_instance(run: Run, tmp_path: Path) -> None:
+    source = tmp_path / "model.json"
+    source.write_bytes(Path(TOY).read_bytes())
+    answer = run("export", str(source), "--model", "lp", "--out", str(tmp_path / "model.lp"))
+    assert answer.code == 2
+    assert "must not overwrite an input" in " ".join(answer.err.split())
+    assert source.read_bytes() == Path(TOY).read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["model.json"]
