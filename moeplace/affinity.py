@@ -90,7 +90,7 @@ def gather(
     if problem.cluster.planes is not None:
         raise ProblemError("Experts are gathered at linear speeds only: this cluster has planes.")
     before = evaluate(problem, plan)
-    node = np.unique(np.asarray(problem.cluster.nodes), return_inverse=True)[1].astype(np.int64)
+    node = np.array(problem.cluster.node_of)
     slots, rank = np.array(plan.slots), np.array(plan.rank_of_slot)
     stream = np.random.SeedSequence(seed).generate_state(problem.layers, np.uint64)
     stream |= np.uint64(1)

@@ -73,10 +73,8 @@ def sources(problem: Problem, plan: Plan, draw: int = 0) -> IntArray:
         turn = _turn(place, held, np.zeros(place.shape, dtype=np.uint64))
         return np.where(held, ranks // count + (turn < ranks % count), 0)
     rank = np.broadcast_to(plan.rank_of_slot, place.shape)
-    assert problem.cluster.nodes is not None
-    node_of, ranks_on = np.unique(problem.cluster.nodes, return_inverse=True, return_counts=True)[
-        1:
-    ]
+    node_of = problem.cluster.node_of
+    ranks_on = np.bincount(node_of)
     node, nodes = node_of[rank], ranks_on.size
     own = _first(place * ranks + rank, held)
     # ranks of the node that hold the expert, and whether it lies on other nodes too

@@ -120,7 +120,7 @@ def least_off_node(problem: Problem) -> FloatArray:
     nothing of nodes that is at most the largest node's share, n; sglang-static serves a node that
     holds a replica there, so each spare slot keeps at most n of one expert's copies more.
     """
-    on = np.bincount(np.unique(np.asarray(problem.cluster.nodes), return_inverse=True)[1])
+    on = np.bincount(problem.cluster.node_of)
     stays = on.max() / problem.ranks
     if problem.routing == "ascend":
         return np.zeros(problem.tokens.shape[:2])

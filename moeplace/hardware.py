@@ -283,6 +283,14 @@ class Cluster:
         return self.planes is not None or self.table is not None
 
     @cached_property
+    def node_of(self) -> IntArray:
+        """Nodes of the ranks [ranks], counted from 0 without gaps."""
+        assert self.nodes is not None  # set on construction
+        node = np.unique(self.nodes, return_inverse=True)[1].astype(np.int64)
+        node.setflags(write=False)
+        return node
+
+    @cached_property
     def knots(self) -> Knots:
         """Corners of what n tokens take a rank at the least, whatever it activates."""
         if self.table is not None:

@@ -119,7 +119,7 @@ def trace_traffic(problem: Problem, plan: Plan, trace: Any) -> Traffic:
         raise ProblemError(
             f"A trace is one window, the problem has {problem.windows}: use problem.aggregate()."
         )
-    nodes = _node_of(problem)
+    nodes = problem.cluster.node_of
     source = np.arange(trace.shape[0]) % problem.ranks
     off_rank, off_node = np.empty((1, problem.layers)), np.empty((1, problem.layers))
     for layer in range(problem.layers):
@@ -210,14 +210,9 @@ def off_node_excess(problem: Problem, plan: Plan, fraction: float) -> FloatArray
     return np.asarray(np.where(off > fraction + 1e-9, off - fraction, 0.0))
 
 
-def _node_of(problem: Problem) -> IntArray:
-    """Nodes of the ranks, counted from 0 without gaps."""
-    return np.unique(np.asarray(problem.cluster.nodes), return_inverse=True)[1].astype(np.int64)
-
-
 def _stays(problem: Problem, plan: Plan, layer: int) -> tuple[FloatArray, FloatArray]:
     """Probability that a copy stays on its rank and on its node, [windows or 1, experts]."""
-    ranks, nodes = problem.ranks, _node_of(problem)
+    ranks, nodes = problem.ranks, problem.cluster.node_of
     if problem.routing in FIXED:
         goes = _to_nodes(problem, plan, layer)
         source = np.arange(goes.shape[0])
@@ -250,7 +245,7 @@ def _own(problem: Problem, plan: Plan, layer: int) -> FloatArray:
 
 def _to_nodes(problem: Problem, plan: Plan, layer: int) -> FloatArray:
     """Probability [sources, experts, nodes] that a token goes to a node; 1 source if all alike."""
-    nodes, experts = _node_of(problem), problem.experts
+    nodes, experts = problem.cluster.node_of, problem.experts
     count = int(nodes.max()) + 1
     slot_node = nodes[plan.rank_of_slot]
     if problem.routing == "ascend":

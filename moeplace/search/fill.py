@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moeplace._check import FloatArray
+from moeplace._check import FloatArray, IntArray
 from moeplace.evaluate import check_fits, evaluate
 from moeplace.plan import EMPTY, Plan
 from moeplace.problem import Problem
@@ -40,20 +40,19 @@ def fill(problem: Problem, plan: Plan) -> Plan:
         slots[layer, slot] = experts[int(np.argmin(costs))]
         spare -= 1
     full = Plan(slots=slots, rank_slots=plan.rank_slots, experts=plan.experts)
-    if problem.routing == "weighted":
-        full = at_best_shares(problem, full).plan
-    broken = not evaluate(problem, full).legal and evaluate(problem, plan).legal
-    return plan if broken else full
+    priced = at_best_shares(problem, full)
+    broken = not priced.legal and evaluate(problem, plan).legal
+    return plan if broken else priced.plan
 
 
 def _costs(
     problem: Problem,
     layer: int,
-    row: np.ndarray[tuple[int, ...], np.dtype[np.int64]],
-    rank_of: np.ndarray[tuple[int, ...], np.dtype[np.int64]],
-    count: np.ndarray[tuple[int, ...], np.dtype[np.int64]],
+    row: IntArray,
+    rank_of: IntArray,
+    count: IntArray,
     rank: int,
-    experts: np.ndarray[tuple[int, ...], np.dtype[np.int64]],
+    experts: IntArray,
 ) -> FloatArray:
     """Mean makespan [experts] of the layer if `rank` gets one more replica of each."""
     held = np.zeros((problem.experts, problem.ranks))

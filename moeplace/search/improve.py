@@ -16,7 +16,7 @@ from numba import njit
 
 from moeplace._check import FloatArray, IntArray
 from moeplace.search.construct import ascending, sort_rank
-from moeplace.search.state import HELD, PINNED, State
+from moeplace.search.state import HELD, OLD, PINNED, State
 
 #: Pairs of slots are exchanged on ranks of at most this many slots.
 MOST_PAIRED = 96
@@ -70,6 +70,12 @@ def _pairs(size, value, first, second, sums):  # type: ignore[no-untyped-def]
         first[p] = index_i[order[p]]
         second[p] = index_j[order[p]]
     return n
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def arrives(on, g, e):  # type: ignore[no-untyped-def]
+    """Copies received if rank g takes expert e (or EMPTY), against the current plan."""
+    return 0 if e == on.shape[1] - 1 or on[g, e] & OLD else 1
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

@@ -16,9 +16,9 @@ from numba import njit
 from moeplace._check import FloatArray, IntArray
 from moeplace.hardware import Cluster
 from moeplace.problem import Problem
-from moeplace.search.improve import random_below, swap
+from moeplace.search.improve import arrives, random_below, swap
 from moeplace.search.state import HELD, OLD, PINNED, State, ceiling
-from moeplace.search.windows import three
+from moeplace.search.windows import drawn, restore, three
 
 #: Cost of a whole capacity too much, in makespans: no gain of time is worth breaking one.
 OVER = 1000.0
@@ -94,12 +94,6 @@ def _price(model, most, over, weight, base, cap, slot, share, runs, tokens, acti
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _new(on, g, e):  # type: ignore[no-untyped-def]
-    """Copies received if rank g takes expert e, against the current plan."""
-    return 0 if e == on.shape[1] - 1 or on[g, e] & OLD else 1
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
 def _search(  # type: ignore[no-untyped-def]
     layers, trials, heat, target, model, most, weight, allowances, loads, bases, cap, leasts,
     limit, slots, copies, ons, stream, works, costs,
@@ -133,7 +127,7 @@ def _search(  # type: ignore[no-untyped-def]
         room = allowances[layer]
         for g in range(ranks):
             for k in range(cap[g]):
-                room -= _new(on, g, slot[g, k])
+                room -= arrives(on, g, slot[g, k])
         for e in range(empty):
             _refresh(load, count, share, runs, e)
         over = OVER * _price(
@@ -153,8 +147,7 @@ def _search(  # type: ignore[no-untyped-def]
             works[layer] += 1
             w = 0
             if windows > 1:
-                dice = random_below(stream, layer, 1 << 30) / float(1 << 30) * steps[-1]
-                w = min(np.searchsorted(steps, dice, side="right"), windows - 1)
+                w = drawn(stream, layer, steps)
             g = top[w, 0]
             h = random_below(stream, layer, ranks)
             if cap[g] == 0 or cap[h] == 0:
@@ -168,7 +161,7 @@ def _search(  # type: ignore[no-untyped-def]
             if exchange:
                 if h == g or (on[h, a] | on[g, b]) & any_old or (on[g, a] | on[h, b]) & PINNED:
                     continue
-                new = _new(on, h, a) + _new(on, g, b) - _new(on, g, a) - _new(on, h, b)
+                new = arrives(on, h, a) + arrives(on, g, b) - arrives(on, g, a) - arrives(on, h, b)
                 if new > room:
                     continue
                 changed[0] = g
@@ -186,7 +179,7 @@ def _search(  # type: ignore[no-untyped-def]
                     continue
                 if count[a] >= limit[a] or on[h, a] & any_old:
                     continue
-                new = _new(on, h, a) - _new(on, h, b)
+                new = arrives(on, h, a) - arrives(on, h, b)
                 if new > room:
                     continue
                 changed[0] = h
@@ -286,17 +279,7 @@ def _search(  # type: ignore[no-untyped-def]
             if now < best * (1 - 1e-12):
                 best = now
                 best_slot[:] = slot
-        for g in range(ranks):
-            for k in range(cap[g]):
-                on[g, slot[g, k]] &= ~np.uint8(HELD)
-        count[:] = 0
-        for g in range(ranks):
-            for k in range(cap[g]):
-                e = best_slot[g, k]
-                slot[g, k] = e
-                count[e] += 1
-                if e != empty:
-                    on[g, e] |= HELD
+        restore(slot, on, cap, count, best_slot)
         for e in range(empty):
             _refresh(load, count, share, runs, e)
         costs[layer] = _price(

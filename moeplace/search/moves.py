@@ -14,7 +14,7 @@ from numba import njit
 
 from moeplace._check import FloatArray, IntArray
 from moeplace.search.construct import refresh
-from moeplace.search.improve import random_below
+from moeplace.search.improve import arrives, random_below
 from moeplace.search.mend import mend
 from moeplace.search.state import HELD, OLD, PINNED, State
 
@@ -33,12 +33,6 @@ def _weight(x):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _arrive(on, g, e):  # type: ignore[no-untyped-def]
-    """Copies received if expert e comes to rank g (e may be EMPTY)."""
-    return 0 if e == on.shape[1] - 1 or on[g, e] & OLD else 1
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
 def _find(slot, size, e):  # type: ignore[no-untyped-def]
     for k in range(size):
         if slot[k] == e:
@@ -51,7 +45,7 @@ def _place(g, k, e, slot, on, holders, count):  # type: ignore[no-untyped-def]
     """Put expert e in slot k of rank g in place of what is there; returns the copies received."""
     empty = on.shape[1] - 1
     a = slot[g, k]
-    cost = _arrive(on, g, e) - _arrive(on, g, a)
+    cost = arrives(on, g, e) - arrives(on, g, a)
     if a != empty:
         on[g, a] &= ~np.uint8(HELD)
         n = 0
@@ -121,13 +115,13 @@ def _legal(kind, g, h, a, b, on, count, least, most, room):  # type: ignore[no-u
             return False
         if (on[g, a] | on[h, b]) & PINNED:
             return False
-        cost = _arrive(on, h, a) - _arrive(on, g, a) + _arrive(on, g, b) - _arrive(on, h, b)
+        cost = arrives(on, h, a) - arrives(on, g, a) + arrives(on, g, b) - arrives(on, h, b)
         return cost <= room
     if count[a] <= least[a] or on[h, a] & PINNED:
         return False
     if count[b] >= most[b] or on[h, b] & ~np.uint8(OLD):
         return False
-    return a != b and _arrive(on, h, b) - _arrive(on, h, a) <= room
+    return a != b and arrives(on, h, b) - arrives(on, h, a) <= room
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -191,7 +185,7 @@ def _best_step(  # type: ignore[no-untyped-def]
             may_go = not on[g, a] & PINNED
             may = on[h, a] & ~np.uint8(OLD) == 0
             more = may and count[a] < most[a]
-            comes = _arrive(on, h, a) - _arrive(on, g, a)
+            comes = arrives(on, h, a) - arrives(on, g, a)
             for j in range(cap[h]):
                 b = slot[h, j]
                 steps += 1
@@ -204,7 +198,7 @@ def _best_step(  # type: ignore[no-untyped-def]
                     and on[g, b] & ~np.uint8(OLD) == 0
                     and (b == empty or not on[h, b] & PINNED)
                 ):
-                    cost = comes + _arrive(on, g, b) - _arrive(on, h, b)
+                    cost = comes + arrives(on, g, b) - arrives(on, h, b)
                     if cost <= room:
                         ends = (tokens[h] + value - other) / speed[h] / top
                         if ends < 1.0:
@@ -219,7 +213,7 @@ def _best_step(  # type: ignore[no-untyped-def]
                                 best, kind, to, give, take = score, 0, h, a, b
                 # rank h gives up b for a copy of a
                 if more and count[b] > least[b] and not on[h, b] & PINNED:
-                    cost = _arrive(on, h, a) - _arrive(on, h, b)
+                    cost = arrives(on, h, a) - arrives(on, h, b)
                     if cost <= room:
                         gain = _transfer(h, b, a, top, on, holders, count, tokens, speed, load)
                         score = gain / cost if cost > 0 else 1e3 * gain
@@ -237,7 +231,7 @@ def _best_step(  # type: ignore[no-untyped-def]
                 or load[b] / (count[b] + 1) > load[a] / count[a]
             ):
                 continue
-            cost = _arrive(on, g, b) - _arrive(on, g, a)
+            cost = arrives(on, g, b) - arrives(on, g, a)
             if cost > room:
                 continue
             gain = _transfer(g, a, b, top, on, holders, count, tokens, speed, load)

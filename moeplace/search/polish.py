@@ -14,7 +14,7 @@ from moeplace._check import FloatArray, IntArray
 from moeplace.plan import EMPTY
 from moeplace.problem import Problem
 from moeplace.search.flow import split_layer
-from moeplace.search.improve import random_below, swap
+from moeplace.search.improve import arrives, random_below, swap
 from moeplace.search.state import HELD, OLD, PINNED, State, ceiling
 
 #: Cost, in fluid bounds, of all tokens for which the ranks' capacities leave no room: no gain of
@@ -69,11 +69,6 @@ def _price(  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _new(on, g, e):  # type: ignore[no-untyped-def]
-    return 1 if e != on.shape[1] - 1 and not on[g, e] & OLD else 0
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
 def _polish(  # type: ignore[no-untyped-def]
     layers, trials, targets, allowances, weight, tokens, bases, speed, most, cap, begin, leasts,
     limit, slots, copies, ons, stream, works, costs,
@@ -100,7 +95,7 @@ def _polish(  # type: ignore[no-untyped-def]
         used = 0
         for g in range(ranks):
             for k in range(cap[g]):
-                used += _new(on, g, slot[g, k])
+                used += arrives(on, g, slot[g, k])
         for _ in range(trials):
             if now <= targets[turn]:
                 break
@@ -119,7 +114,7 @@ def _polish(  # type: ignore[no-untyped-def]
                     continue
                 if (on[g, a] | on[h, b]) & PINNED:
                     continue
-                cost = _new(on, h, a) + _new(on, g, b) - _new(on, g, a) - _new(on, h, b)
+                cost = arrives(on, h, a) + arrives(on, g, b) - arrives(on, g, a) - arrives(on, h, b)
             else:  # rank h gives b up for a copy of a, or the tight rank for anything
                 if h == g:
                     a = random_below(stream, layer, experts + 1)
@@ -127,7 +122,7 @@ def _polish(  # type: ignore[no-untyped-def]
                     continue
                 if count[a] >= limit[a] or on[h, a] & ~np.uint8(OLD):
                     continue
-                cost = _new(on, h, a) - _new(on, h, b)
+                cost = arrives(on, h, a) - arrives(on, h, b)
             if used + cost > allowances[turn]:
                 continue
             for back in range(2):

@@ -22,7 +22,7 @@ from moeplace.plan import EMPTY, Plan
 from moeplace.problem import Problem
 from moeplace.search.improve import random_below
 from moeplace.search.state import HELD, PINNED, State
-from moeplace.search.windows import three
+from moeplace.search.windows import drawn, three
 
 #: First toll, in times of the layer's fluid bound for all copies, and how it rises and falls.
 TOLL, TOLL_RISE, TOLL_FALL = 0.1, 1.5, 0.9
@@ -204,8 +204,7 @@ def _anneal(  # type: ignore[no-untyped-def]
         accepted = 0
         for trial in range(trials):
             threshold = start + slope * trial
-            dice = random_below(stream, layer, 1 << 30) / float(1 << 30) * steps[-1]
-            w = min(np.searchsorted(steps, dice, side="right"), windows - 1)
+            w = drawn(stream, layer, steps)
             g = top[w, 0]
             if toll > 0 and trial % 2:  # what leaves its node may come from any rank
                 g = random_below(stream, layer, ranks)
@@ -324,9 +323,8 @@ class Ruled:
         self.off = np.zeros((problem.windows, problem.layers))  # share of copies off their node
         self.toll = np.zeros(problem.layers)
         self.nearest = problem.routing == "sglang-static"
-        nodes = problem.cluster.nodes
-        assert nodes is not None
-        self.node, self.ranks_on = np.unique(nodes, return_inverse=True, return_counts=True)[1:]
+        self.node = np.array(problem.cluster.node_of)
+        self.ranks_on = np.bincount(self.node)
         self.most = np.array(problem.most_replicas)
         self.fill = problem.replica_budget is None  # else no slot that is free may be used
 
@@ -369,7 +367,7 @@ def local(problem: Problem) -> Plan | None:
     The hottest experts get the spare slots, one copy a node; copies go where a node has none yet,
     heaviest first, to the rank that is done first. None on one node, or without room.
     """
-    node = np.unique(np.asarray(problem.cluster.nodes), return_inverse=True)[1]
+    node = problem.cluster.node_of
     nodes = int(node.max()) + 1
     if nodes == 1 or problem.replica_budget is not None:
         return None

@@ -16,7 +16,7 @@ from numba import njit
 
 from moeplace._check import FloatArray, IntArray
 from moeplace.problem import Problem
-from moeplace.search.improve import random_below, swap
+from moeplace.search.improve import arrives, random_below, swap
 from moeplace.search.state import HELD, OLD, PINNED, State, ceiling
 
 #: Cost of a whole capacity too much, in fluid bounds: no gain of time is worth breaking one.
@@ -44,6 +44,30 @@ def three(time, top):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
+def drawn(stream, layer, steps):  # type: ignore[no-untyped-def]
+    """A window, by the cumulated weights `steps` [windows]."""
+    dice = random_below(stream, layer, 1 << 30) / float(1 << 30) * steps[-1]
+    return min(np.searchsorted(steps, dice, side="right"), steps.size - 1)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def restore(slot, on, cap, count, best):  # type: ignore[no-untyped-def]
+    """Put a layer's slots, marks and counts back to `best`."""
+    empty = on.shape[1] - 1
+    for g in range(cap.size):
+        for k in range(cap[g]):
+            on[g, slot[g, k]] &= ~np.uint8(HELD)
+    count[:] = 0
+    for g in range(cap.size):
+        for k in range(cap[g]):
+            e = best[g, k]
+            slot[g, k] = e
+            count[e] += 1
+            if e != empty:
+                on[g, e] |= HELD
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
 def _price(weight, floor, load, base, speed, cap, slot, count, time, top):  # type: ignore[no-untyped-def]
     """Recompute rank times [rows, ranks] of a layer and what it costs."""
     total = 0.0
@@ -59,12 +83,6 @@ def _price(weight, floor, load, base, speed, cap, slot, count, time, top):  # ty
         three(time[w], top[w])
         total += weight[w] * max(time[w, top[w, 0]] - floor[w], 0.0)
     return total
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _arrives(on, g, e):  # type: ignore[no-untyped-def]
-    """Copies received if rank g takes expert e, against the current plan."""
-    return 0 if e == on.shape[1] - 1 or on[g, e] & OLD else 1
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -92,7 +110,7 @@ def _anneal(  # type: ignore[no-untyped-def]
         room = allowances[layer]
         for g in range(ranks):
             for k in range(cap[g]):
-                room -= _arrives(on, g, slot[g, k])
+                room -= arrives(on, g, slot[g, k])
         now = _price(weight, floor, load, base, speed, cap, slot, count, time, top)
         best = now
         best_slot[:] = slot
@@ -105,8 +123,7 @@ def _anneal(  # type: ignore[no-untyped-def]
         accepted = 0
         for trial in range(trials):
             threshold = start + slope * trial
-            dice = random_below(stream, layer, 1 << 30) / float(1 << 30) * steps[-1]
-            w = min(np.searchsorted(steps, dice, side="right"), windows - 1)
+            w = drawn(stream, layer, steps)
             g = top[w, 0]
             h = random_below(stream, layer, ranks)
             if cap[h] == 0 or cap[g] == 0:
@@ -118,8 +135,8 @@ def _anneal(  # type: ignore[no-untyped-def]
                 b = slot[h, j]
                 if h == g or (on[h, a] | on[g, b]) & any_old or (on[g, a] | on[h, b]) & PINNED:
                     continue
-                new = _arrives(on, h, a) + _arrives(on, g, b)
-                new -= _arrives(on, g, a) + _arrives(on, h, b)
+                new = arrives(on, h, a) + arrives(on, g, b)
+                new -= arrives(on, g, a) + arrives(on, h, b)
                 if new > room:
                     continue
                 delta = 0.0
@@ -154,7 +171,7 @@ def _anneal(  # type: ignore[no-untyped-def]
                     continue
                 if count[a] <= least[a] or on[h, a] & PINNED:
                     continue
-                new = _arrives(on, h, b) - _arrives(on, h, a)
+                new = arrives(on, h, b) - arrives(on, h, a)
                 if new > room:
                     continue
                 delta = 0.0
@@ -196,18 +213,7 @@ def _anneal(  # type: ignore[no-untyped-def]
                 best = now
                 best_slot[:] = slot
         works[layer] += trials
-        # leave the layer at its best
-        for g in range(ranks):
-            for k in range(cap[g]):
-                on[g, slot[g, k]] &= ~np.uint8(HELD)
-        count[:] = 0
-        for g in range(ranks):
-            for k in range(cap[g]):
-                e = best_slot[g, k]
-                slot[g, k] = e
-                count[e] += 1
-                if e != empty:
-                    on[g, e] |= HELD
+        restore(slot, on, cap, count, best_slot)
         costs[layer] = _price(weight, floor, load, base, speed, cap, slot, count, time, top)
 
 
