@@ -33,6 +33,7 @@ from moeplace.result import Limits, Progress
 from moeplace.search.aims import Aims
 from moeplace.search.budget import allot, points
 from moeplace.search.construct import adopt, construct
+from moeplace.search.deal import deal
 from moeplace.search.groups import grouped
 from moeplace.search.improve import improve
 from moeplace.search.latency import TrueTimes
@@ -62,8 +63,9 @@ ROUNDS, HEAT, FEW_HEAT = 20, 0.18, 7.0
 TRUE_HEAT = 0.1
 #: The same threshold under a fixed dispatch rule, and search steps that a trial there counts as.
 RULED_HEAT, RULED_STEPS = 0.6, 8
-#: Share of time and work that a problem of several windows spends on the mean load.
-MEAN_SHARE = 0.15
+#: Share of time and work that a problem of several windows spends on the mean load, and the share
+#: after which the experts of two ranks are dealt out anew; steps that a trial of that counts as.
+MEAN_SHARE, DEAL_AFTER, DEAL_STEPS = 0.15, 0.3, 8_000
 #: The same under a budget of moves.
 MOVES_SHARE = 0.6
 #: Share of both that is spent near a start plan, if that does not bring all within the gap.
@@ -783,6 +785,9 @@ def all_windows(
     if problem.objective == "worst":
         weight = np.full(problem.windows, 1.0 / problem.windows)
     trials, began, begun_work = 200, run.seconds, run.work
+    whole, dealt = share, isinstance(every, Windows) and allowance is None
+    if dealt:
+        share *= DEAL_AFTER
     for turn in range(ROUNDS):
         if run.late(share) or run.work >= run.steps * share:
             return
@@ -818,6 +823,48 @@ def all_windows(
             left_time = run.limits.time * share - began
             pace = trials / max(spent, 1e-9)
             trials = max(int(min(pace * left_time / (ROUNDS - turn), 8.0 * trials)), 100)
+    if dealt and isinstance(every, Windows):
+        _deal_out(run, every, weight, pool, whole)
+
+
+def _deal_out(
+    run: Run, every: Windows, weight: FloatArray, pool: ThreadPoolExecutor, share: float
+) -> None:
+    """Deal the experts of two ranks out anew, again and again; most where most is above the bound.
+
+    Where windows decide unequally, those that have time to spare get higher aims.
+    """
+    problem, state = run.problem, every.state
+    bound = run.bound.per_layer  # [windows, layers]
+    steps = bound @ problem.layer_weight
+    risk = problem.risk_weight(steps)
+    spare = np.divide(steps[risk > 0].min(), steps, out=np.ones_like(steps), where=steps > 0)
+    aims = bound * np.maximum(spare, 1.0)[:, None] / state.unit
+    aims[aims <= 0] = 1.0
+    trials = 50
+    while not run.late(share) and run.work < run.steps * share:
+        run.offer(state.plan(problem))
+        if run.closed:
+            return
+        assert run.kept is not None
+        adopt(state, run.kept.plan, np.arange(problem.layers))
+        above = weight @ (run.kept.makespan - aims * state.unit) * problem.layer_weight
+        layers = np.flatnonzero(above > 0)
+        if layers.size == 0:
+            return
+        layers = layers[np.argsort(-above[layers], kind="stable")]
+        some = np.full(layers.size, trials) * (0.5 + 0.5 * above[layers] / above[layers].mean())
+        left = (run.steps * share - run.work) / (DEAL_STEPS * some.sum())
+        some = np.ceil(some * min(left, 1.0)).astype(np.int64)
+        targets = (weight @ aims)[layers] * (1 + run.limits.gap)
+        if problem.objective != "mean":
+            targets[:] = 0.0
+        for mine in _chunks(some * DEAL_STEPS):
+            deal(every, layers[mine], some[mine], targets[mine], aims, weight, pool, run.workers)
+            if run.late(share):
+                break
+        run.work += int(some.sum()) * DEAL_STEPS
+        trials = min(2 * trials, 1_000)
 
 
 def _polish(run: Run, state: State, allowance: IntArray, pool: ThreadPoolExecutor) -> None:
