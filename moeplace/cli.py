@@ -9,10 +9,10 @@ import json
 import math
 import os
 import sys
-import time
+import textwrap
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Annotated, Any, cast
@@ -21,8 +21,6 @@ import numpy as np
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
@@ -31,10 +29,10 @@ from moeplace._files import check_output, check_outputs
 from moeplace.batches import Batches, over_batches
 from moeplace.bounds import Bound, lower_bound, recompute
 from moeplace.certificate import write_certificate
+from moeplace.cli_progress import reading, searching
 from moeplace.compare import (
     COLUMNS,
     RIVALS,
-    WIDTH,
     Row,
     aligned,
     cells,
@@ -67,10 +65,11 @@ from moeplace.plan import Plan
 from moeplace.policies import POLICIES
 from moeplace.problem import Problem
 from moeplace.profile import match, measured_devices, read_profile, relative_speeds
-from moeplace.result import OPTIMAL_GAP, Progress, Result, Status, gap
+from moeplace.result import OPTIMAL_GAP, Result, Status, gap
 from moeplace.solve import METHODS
 from moeplace.solve import solve as find
 from moeplace.summary import lines, summarise
+from moeplace.tables import LONGEST, SHORTEST, WIDTH, bar, table
 
 OK, INTERNAL, BAD_INPUT, INFEASIBLE, NONE_IN_TIME, REFUSED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 
@@ -175,13 +174,17 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 Quiet = Annotated[
     bool, typer.Option("--quiet", help="No table and no progress: only --json and errors.")
 ]
+NoProgress = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 
 # ------------------------------------------------------------------------------ commands
 
 
 def example(command: str) -> str:
-    """The end of a command's help: how it is used."""
-    return f"\b\nExample:\n  moeplace {command}"
+    """The end of a command's help: how it is used, in at most 80 columns."""
+    lines = textwrap.wrap(
+        f"moeplace {command}", WIDTH - 8, break_long_words=False, break_on_hyphens=False
+    )
+    return "\b\nExample:\n  " + " \\\n      ".join(lines)
 
 
 @app.callback(invoke_without_command=True)
@@ -285,7 +288,7 @@ def solve(
         if start is None
         else read_of_instance(start, plan_format, first_moe_layer, given.problem)
     )
-    with _progress(quiet) as progress:
+    with searching(quiet or as_json, given.unit) as progress:
         result = find(
             given.problem,
             method,
@@ -338,10 +341,11 @@ def compare(
     hidden: Hidden = None,
     top_k: TopK = 1,
     as_json: AsJson = False,
+    quiet: NoProgress = False,
 ) -> None:
     """Solve, and price every policy beside our plan."""
     given = read_given(instance, sum_windows)
-    with _progress() as progress:
+    with searching(quiet or as_json, given.unit) as progress:
         result = find(
             given.problem,
             time_limit=time_limit,
@@ -542,7 +546,7 @@ def loads(
     check_outputs([out, instance], [file])
     if len({instance is None, ranks is None, slots is None}) > 1:
         raise ProblemError("--instance, --ranks and --slots belong together: give all or none.")
-    with _reading() as progress:
+    with reading() as progress:
         read = inspect(
             file,
             load_format,
@@ -795,6 +799,11 @@ class _Given:
     path: str
     words: list[tuple[str, str]] = field(default_factory=list)
 
+    @property
+    def unit(self) -> str:
+        """Of the problem's times."""
+        return self.problem.cluster.time_unit
+
 
 def read_given(
     instance: str, sum_windows: bool, profile: str | None = None, latency: str = "speed"
@@ -960,8 +969,7 @@ def _traffic(rows: list[Row], sends: tuple[int, float]) -> dict[str, dict[str, f
 def _sent(rows: list[Row], sends: tuple[int, float]) -> list[str]:
     """The same as a table in text."""
     found = [(label, f"{rank:,.0f}", f"{node:,.0f}") for label, rank, node in sent(rows, *sends)]
-    head = ("bytes for each token", "off rank", "off node")
-    return [f"{label:<28}{rank:>16}{node:>16}" for label, rank, node in (head, *found)]
+    return table([("bytes for each token", "off rank", "off node"), *found])
 
 
 def _imbalance(found: Evaluation | None) -> dict[str, float] | None:
@@ -978,18 +986,26 @@ def _imbalance(found: Evaluation | None) -> dict[str, float] | None:
 def _show(given: _Given, result: Result, rows: list[Row]) -> None:
     known = {label for label, _ in given.words}
     said = [pair for pair in facts(result) if pair[0] not in known]
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    shown = cells(rows)
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *shown, strict=True)]
+    room = min(WIDTH - sum(widths) - 2 * len(widths), LONGEST)
+    slowest = max((row.evaluation.objective for row in rows if row.evaluation), default=0.0)
+    grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for column in COLUMNS:
         left = column == COLUMNS[0]
-        table.add_column(column, justify="left" if left else "right", no_wrap=True)
-    for row, texts in zip(rows, cells(rows), strict=True):
+        grid.add_column(column, justify="left" if left else "right", no_wrap=True)
+    if room >= SHORTEST:
+        grid.add_column(width=room, no_wrap=True)
+    for row, texts in zip(rows, shown, strict=True):
         ours = row.method == result.method and row.evaluation is not None
-        table.add_row(*map(Text, texts), style="bold green" if ours else None)
+        share = row.evaluation.objective / slowest if row.evaluation and slowest > 0 else 0.0
+        drawn = [Text(bar(share, room))] if room >= SHORTEST else []
+        grid.add_row(*map(Text, texts), *drawn, style="bold green" if ours else None)
     console = Console(width=WIDTH, highlight=False, markup=False, emoji=False)
     with console.capture() as capture:
         for line in [*aligned([*given.words, *said]), ""]:
             console.print(Text(line))
-        console.print(table)
+        console.print(grid)
         for line in notes(result.problem, rows):
             console.print(Text(line))
     write(capture.get())
@@ -1030,64 +1046,6 @@ def _mute(stream: IO[str]) -> None:
 def _error(message: str) -> None:
     text = "".join(c if c == "\n" else printable(c) for c in message.strip())
     write(f"error: {text}\n", sys.stderr)
-
-
-# ------------------------------------------------------------------------------ progress
-
-
-@contextmanager
-def _progress(quiet: bool = False) -> Iterator[Callable[[Progress], None] | None]:
-    """A callback that draws a bar on stderr, if that is a terminal, after a second's work."""
-    if quiet or sys.stderr is None or not sys.stderr.isatty():
-        yield None
-        return
-    bar = Bar(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total} layers done"),
-        TimeElapsedColumn(),
-        console=Console(stderr=True, highlight=False),
-        transient=True,
-    )
-    task = bar.add_task("searching", total=1)
-
-    def draw(now: Progress) -> None:
-        if now.seconds > 1:
-            bar.start()
-            bar.update(task, completed=now.layers_done, total=now.layers)
-
-    try:
-        yield draw
-    finally:
-        bar.stop()
-
-
-@contextmanager
-def _reading() -> Iterator[Callable[[int, int], None] | None]:
-    """A callback that draws a bar for a file on stderr, if that is a terminal, after a second."""
-    if sys.stderr is None or not sys.stderr.isatty():
-        yield None
-        return
-    bar = Bar(
-        TextColumn("reading"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TimeElapsedColumn(),
-        console=Console(stderr=True, highlight=False),
-        transient=True,
-    )
-    task = bar.add_task("reading", total=1)
-    began = time.perf_counter()
-
-    def draw(done: int, total: int) -> None:
-        if time.perf_counter() - began > 1:
-            bar.start()
-            bar.update(task, completed=done, total=total)
-
-    try:
-        yield draw
-    finally:
-        bar.stop()
 
 
 # ----------------------------------------------------------------------------- entry point

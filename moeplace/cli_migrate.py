@@ -28,6 +28,7 @@ from moeplace.migrate import Engine, migrate, relabel
 from moeplace.problem import Problem
 from moeplace.replan import Economy, propose
 from moeplace.search.split import at_best_shares
+from moeplace.tables import table
 from moeplace.tradeoff import Point, tradeoff
 from moeplace.transfer import Links, Migration, Payback, payback
 
@@ -348,12 +349,8 @@ def _table(points: list[Point], unit: str) -> list[str]:
                 f"{point.kept:.1%}",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    ]
-    return ["", *table, f"step time in {unit}; no plan within a budget is below its bound"]
+    lines = table(rows, bars=[point.kept for point in points])
+    return ["", *lines, f"step time in {unit}; no plan within a budget is below its bound"]
 
 
 def _stages(moved: Migration, links: Links) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from moeplace.simulate import (
 )
 from moeplace.solve import solve
 from moeplace.sweep import on_dask, sweep
+from moeplace.tables import table
 
 PHASES = ("prefill", "decode", "mixed", "disaggregated")
 
@@ -344,14 +345,8 @@ def _table(found: dict[str, list[dict[str, float]]]) -> list[str]:
         if len(names) > 1 and all(key in ratios[name] for name in names[1:]):
             cells = ["1", *(_ratio(ratios[name][key]) for name in names[1:])]
             rows.append([f"{key}, ratio", *cells])
-    width = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(width[0]), *(c.rjust(w) for c, w in zip(row[1:], width[1:],
-                  strict=True))]).rstrip()
-        for row in rows
-    ]  # fmt: skip
     few = "one seed: no intervals" if len(found[names[0]]) < 2 else "+-: 95 % over seeds"
-    return [*lines, f"{few}; ratios to {printable(names[0])}, paired by seed"]
+    return [*table(rows), f"{few}; ratios to {printable(names[0])}, paired by seed"]
 
 
 def _cell(key: str, value: Interval) -> str:

@@ -322,14 +322,6 @@ def test_a_generated_instance_needs_no_file(run: Run) -> None:
     assert found["digest"] == generate("B", 1, speeds=0.04).digest()
 
 
-@pytest.mark.parametrize("command", ["solve", "compare", "evaluate", "bound"])
-def test_help_has_an_example(run: Run, command: str) -> None:
-    answer = run(command, "--help")
-    assert answer.code == 0
-    assert f"Example:\n    moeplace {command} instances/" in answer.out
-    assert max(map(len, answer.out.split("\n"))) <= 80
-
-
 def test_help_names_commands_and_exit_codes(run: Run) -> None:
     answer = run("--help")
     assert answer.code == 0
@@ -617,13 +609,13 @@ def test_130_if_interrupted_with_the_plan_so_far_written(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @contextmanager
-    def stop(quiet: bool = False) -> Iterator[Callable[[object], None]]:
+    def stop(quiet: bool, unit: str) -> Iterator[Callable[[object], None]]:
         def interrupt(progress: object) -> None:
             raise KeyboardInterrupt
 
         yield interrupt
 
-    monkeypatch.setattr(cli, "_progress", stop)
+    monkeypatch.setattr(cli, "searching", stop)
     out = tmp_path / "plan.json"
     answer = run("solve", TOY, "--gap", "0", "--out", out, "--json")
     assert answer.code == 130
@@ -678,43 +670,6 @@ def test_a_certificate_error_anywhere_is_5(run: Run, monkeypatch: pytest.MonkeyP
 
 
 # --- progress, streams and encodings -------------------------------------------------------------
-
-
-class Terminal:
-    """A stderr that says it is a terminal."""
-
-    def __init__(self) -> None:
-        self.text = ""
-
-    def isatty(self) -> bool:
-        return True
-
-    def write(self, text: str) -> int:
-        self.text += text
-        return len(text)
-
-    def flush(self) -> None: ...
-
-
-@pytest.mark.parametrize(("seconds", "drawn"), [(0.5, False), (2.0, True)])
-def test_a_bar_appears_on_a_terminal_after_a_second(
-    monkeypatch: pytest.MonkeyPatch, seconds: float, drawn: bool
-) -> None:
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    now = cli.Progress(seconds=seconds, objective=2.0, lower_bound=1.0, layers_done=3, layers=7)
-    with cli._progress() as progress:
-        assert progress is not None
-        progress(now)
-    assert ("3/7 layers" in terminal.text) == drawn
-
-
-def test_there_is_no_bar_elsewhere_or_if_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    with cli._progress() as progress:
-        assert progress is None
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    with cli._progress(quiet=True) as progress:
-        assert progress is None
 
 
 def test_a_process_answers_as_main_does(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moeplace import cli
 from moeplace.formats import read_plan, write_plan
 from moeplace.instances import read_instance
 from moeplace.plan import Plan
@@ -90,18 +89,6 @@ def test_loads_refuses_bad_options(run: Run, tmp_path: Path) -> None:
     refused(run("loads", REAL, "--format", "x"), "Load format 'x' is unknown")
 
 
-def test_a_bar_is_drawn_for_long_files_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    with cli._reading() as progress:
-        assert progress is None
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    clock = iter([0.0, 0.5, 2.0])
-    monkeypatch.setattr(cli.time, "perf_counter", lambda: next(clock, 3.0))
-    with cli._reading() as progress:
-        assert progress is not None
-        progress(1, 3)
-        progress(2, 3)
-
-
 # --- export ------------------------------------------------------------------------------------
 
 FULL = PLAN | {"slots": [[0, 1, 2, 0], [0, 1, 2, 0]]}
@@ -161,14 +148,6 @@ def test_export_drops_shares_only_if_told(run: Run, tmp_path: Path) -> None:
     refused(run("export", plan, "--format", "vllm", "--out", out), "stores shares")
     assert run("export", plan, "--format", "vllm", "--out", out, "--drop-split").code == 0
     assert read_plan(out, "vllm", ranks=2).split is None
-
-
-@pytest.mark.parametrize("command", ["loads", "export"])
-def test_help_has_an_example(run: Run, command: str) -> None:
-    answer = run(command, "--help")
-    assert answer.code == 0
-    assert f"Example:\n    moeplace {command} " in answer.out
-    assert max(map(len, answer.out.split("\n"))) <= 80
 
 
 def test_engines_plans_with_duplicates_are_priced(run: Run, tmp_path: Path) -> None:

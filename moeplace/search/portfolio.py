@@ -230,19 +230,39 @@ class Run:
         self.nearest = min(near, key=lambda priced: (self.over(priced) > 0).sum())
 
     def report(self, state: State) -> None:
-        """Tell the callback where the search stands, at most ten times a second."""
-        now = time.perf_counter()
-        if self.progress is None or now - self.reported < 0.1:
+        """Tell the callback of the best plan and the bound, at most ten times a second.
+
+        Where the state's makespans are not the price (several windows, shares, an engine's rule,
+        latency models) its plan is priced, twice a second; shares are dear, so there the best plan
+        that was kept is told.
+        """
+        problem, now = self.problem, time.perf_counter()
+        apart = problem.windows > 1 or problem.routing != "even" or problem.cluster.nonlinear
+        if self.progress is None or now - self.reported < (0.5 if apart else 0.1):
             return
         self.reported = now
         makespan, bound = state.makespan * state.unit, self.targets
+        price = float((makespan * problem.layer_weight).sum())
+        least = float((bound * problem.layer_weight).sum())
+        done = makespan <= bound * (1 + self.limits.gap)
+        if apart:
+            least, found = self.bound.total, self.kept
+            if problem.routing != "weighted" or found is None:
+                tried = state.plan(problem)
+                new = at_best_shares(problem, tried) if found is None else evaluate(problem, tried)
+                if found is None or (new.legal and new.objective < found.objective):
+                    found = new
+            price, floor = found.objective, layer_floor(problem, self.bound)
+            done = problem.mean(found.makespan) <= floor * (1 + self.limits.gap)
+        elif self.best is not None:
+            price = min(price, self.best.objective)
         self.progress(
             Progress(
                 seconds=self.seconds,
-                objective=float((makespan * self.problem.layer_weight).sum()),
-                lower_bound=float((bound * self.problem.layer_weight).sum()),
-                layers_done=int((makespan <= bound * (1 + self.limits.gap)).sum()),
-                layers=self.problem.layers,
+                objective=price,
+                lower_bound=min(least, price),
+                layers_done=int(done.sum()),
+                layers=problem.layers,
             )
         )
 
@@ -793,6 +813,7 @@ def all_windows(
         heat = np.tile(hottest * cooling, (layers.size, 1))
         for mine in _chunks(np.full(layers.size, trials * (10 + effort))):
             every.improve(layers[mine], trials, heat[mine], weight, pool, run.workers)
+            run.report(state)
             if run.late(share):
                 break
         run.work += trials * layers.size * effort
