@@ -85,7 +85,7 @@ written). MOEPLACE_DEBUG=1 shows tracebacks."""
 
 app = typer.Typer(
     name="moeplace",
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDTH},
