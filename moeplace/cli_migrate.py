@@ -27,6 +27,7 @@ from moeplace.formats import write_plan
 from moeplace.migrate import Engine, migrate, relabel
 from moeplace.problem import Problem
 from moeplace.replan import Economy, propose
+from moeplace.result import Limits
 from moeplace.search.split import at_best_shares
 from moeplace.tables import table
 from moeplace.tradeoff import Point, tradeoff
@@ -153,8 +154,7 @@ def migrate_command(
     as_json: AsJson = False,
 ) -> None:
     """Say what a change of plan moves, in which order, how long it takes and when it pays."""
-    inputs = [name for name in (instance, current, target) if name is not None]
-    check_outputs([out, stages], inputs)
+    check_outputs([out, stages], [instance, current, target, profile])
     given = read_given(instance, sum_windows, profile)
     problem = given.problem
     held = read_of_instance(current, plan_format, first_moe_layer, problem)
@@ -163,7 +163,17 @@ def migrate_command(
         raise ProblemError("--moves and --bytes choose a plan, and TARGET is one: give either.")
     if moves is not None and budget_bytes is not None:
         raise ProblemError("--moves and --bytes are two budgets: give one.")
+    Limits(time=time_limit)  # whether a solve will need it or not
     links = Links(intra=intra * GIGA, inter=inter * GIGA)
+    economy = Economy(
+        expert_bytes=max(sizes),
+        links=links,
+        steps=steps,
+        step_seconds=_guessed(problem, step_seconds),
+        slowdown=slowdown,
+        engine=cast(Engine, engine),
+        chunk=chunk,
+    )
     points: list[Point] = []
     if target is not None:
         wanted = read_of_instance(target, plan_format, first_moe_layer, problem)
@@ -181,20 +191,7 @@ def migrate_command(
         limited = [point for point in points if point.budget is not None]
         wanted = min(limited, key=lambda point: point.objective).plan
     else:
-        found = propose(
-            problem,
-            held,
-            Economy(
-                expert_bytes=max(sizes),
-                links=links,
-                steps=steps,
-                step_seconds=_guessed(problem, step_seconds),
-                slowdown=slowdown,
-                engine=cast(Engine, engine),
-                chunk=chunk,
-            ),
-            time_limit=time_limit,
-        )
+        found = propose(problem, held, economy, time_limit=time_limit)
         wanted, points = found.point.plan, list(found.points)
     before = at_best_shares(problem, held).objective
     moved = migrate(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from moeplace.cli import (
+    BAD_INPUT,
     INTERNAL,
     AsJson,
     Instance,
@@ -21,7 +22,7 @@ from moeplace.cli import (
     write_json,
 )
 from moeplace.compare import aligned, printable
-from moeplace.errors import ReplayError
+from moeplace.errors import ProblemError
 from moeplace.formats import read_plan
 from moeplace.profile import measured_devices, read_profile, relative_speeds
 
@@ -138,7 +139,7 @@ def replay(
     named = [(path, read_plan(path)) for path in plans]
     known = None if profile is None else read_profile(profile)
     runtime = _runtime(
-        ranks or _started() or problem.ranks,
+        _first(ranks, _started(), problem.ranks),
         emulate,
         hidden=hidden,
         intermediate=intermediate,
@@ -227,7 +228,7 @@ def calibrate(
     from moeplace.replay import calibrate_ranks
 
     runtime = _runtime(
-        ranks or _started() or 1,
+        _first(ranks, _started(), 1),
         emulate,
         hidden=hidden,
         intermediate=intermediate,
@@ -282,6 +283,11 @@ def _runtime(ranks: int, emulate: str, **options: Any) -> "Runtime":
     return Runtime(ranks=ranks, emulate=factors, **options)
 
 
+def _first(*values: int | None) -> int:
+    """The first that is given."""
+    return next(value for value in values if value is not None)
+
+
 def _started() -> int | None:
     """Ranks that torchrun (or the like) started, this process being one of them."""
     from moeplace.replay.settings import under_launcher
@@ -296,7 +302,8 @@ def _as_rank(run: "Callable[[], T]") -> "T":
     try:
         return run()
     except EchoError as cause:
-        raise typer.Exit(INTERNAL) from cause
+        code = BAD_INPUT if isinstance(cause, ProblemError) else INTERNAL
+        raise typer.Exit(code) from cause
 
 
 def _numbers(text: str, option: str, kind: "type[N]") -> "list[N] | None":
@@ -304,7 +311,7 @@ def _numbers(text: str, option: str, kind: "type[N]") -> "list[N] | None":
     try:
         return [kind(part) for part in text.split(",")] if text.strip() else None
     except ValueError as cause:
-        raise ReplayError(
+        raise ProblemError(
             f"{option} must be {kind.__name__} numbers separated by commas, got {text!r}."
         ) from cause
 

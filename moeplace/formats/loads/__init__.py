@@ -129,10 +129,7 @@ def inspect(
             raise ProblemError(f"Option {name} must be a whole number from 1 on, got {value!r}.")
     detected = format is None
     name = detect(path) if format is None else format
-    if name not in FORMATS:
-        raise FormatError(
-            f"Load format {name!r} is unknown: choose one of {', '.join(sorted(FORMATS))}."
-        )
+    check_format(name)
     if experts is not None and name != "trace":
         raise ProblemError(
             f"Option experts is for traces; the format {name} says how many there are. Drop it."
@@ -153,6 +150,14 @@ def inspect(
     if windows is not None and loads.windows != windows:
         loads = loads.regimes(window_of(loads.windows, windows, path, "windows").tolist())
     return Read(loads, name, detected, raw.notes)
+
+
+def check_format(name: str) -> None:
+    """Raise FormatError unless `name` is a load format."""
+    if name not in FORMATS:
+        raise FormatError(
+            f"Load format {name!r} is unknown: choose one of {', '.join(sorted(FORMATS))}."
+        )
 
 
 def _one(path: PathLike, name: str, held: Any, given: Any) -> Any:
