@@ -174,7 +174,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 Quiet = Annotated[
     bool, typer.Option("--quiet", help="No table and no progress: only --json and errors.")
 ]
-NoProgress = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 
 # ------------------------------------------------------------------------------ commands
 
@@ -341,11 +340,10 @@ def compare(
     hidden: Hidden = None,
     top_k: TopK = 1,
     as_json: AsJson = False,
-    quiet: NoProgress = False,
 ) -> None:
     """Solve, and price every policy beside our plan."""
     given = read_given(instance, sum_windows)
-    with searching(quiet or as_json, given.unit) as progress:
+    with searching(as_json, given.unit) as progress:
         result = find(
             given.problem,
             time_limit=time_limit,
@@ -541,12 +539,13 @@ def loads(
         bool, typer.Option("--strict", help="End with 2 if there is a warning.")
     ] = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Describe recorded loads, and warn of statistics that lie."""
     check_outputs([out, instance], [file])
     if len({instance is None, ranks is None, slots is None}) > 1:
         raise ProblemError("--instance, --ranks and --slots belong together: give all or none.")
-    with reading() as progress:
+    with reading(quiet or as_json) as progress:
         read = inspect(
             file,
             load_format,
@@ -563,7 +562,10 @@ def loads(
     if instance is not None and ranks is not None and slots is not None:
         cluster = Cluster.from_speeds([1.0] * ranks, slots, speed_unit="relative")
         write_instance(Problem(read.loads, cluster, name=Path(file).stem), instance)
-    write_json(found) if as_json else write("\n".join(lines(found)) + "\n")
+    if as_json:
+        write_json(found)
+    elif not quiet:
+        write("\n".join(lines(found)) + "\n")
     if strict and found["warnings"]:
         names = ", ".join(each["name"] for each in found["warnings"])
         _error(f"{file}: {names}: the loads may not be what the model's router did. See above.")
@@ -742,6 +744,7 @@ def certify(
         ),
     ],
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Check a certificate without a solver, in exact arithmetic; a false one ends with 5."""
     from moeplace.certificate import check
@@ -769,6 +772,8 @@ def certify(
                 "open": left,
             }
         )
+        return
+    if quiet:
         return
     by = sorted({claim.by for claim in bound.claims})
     closed = (
@@ -1051,9 +1056,9 @@ def _error(message: str) -> None:
 # ----------------------------------------------------------------------------- entry point
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line (by default `sys.argv`) and exit with its code."""
-    from moeplace import (  # they import this
+def add_all_commands() -> None:
+    """Add the commands of the other modules, which import this one."""
+    from moeplace import (
         cli_bench,
         cli_engine,
         cli_fit,
@@ -1077,6 +1082,11 @@ def main(arguments: list[str] | None = None) -> None:
         cli_simulate,
     ):
         module.add_commands(app)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line (by default `sys.argv`) and exit with its code."""
+    add_all_commands()
     for stream in (sys.stdout, sys.stderr):  # what the terminal cannot show is escaped
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:

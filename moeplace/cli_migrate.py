@@ -11,6 +11,7 @@ from moeplace.cli import (
     Instance,
     PlanFormat,
     ProfileFile,
+    Quiet,
     SumWindows,
     example,
     read_given,
@@ -152,6 +153,7 @@ def migrate_command(
     ] = None,
     sum_windows: SumWindows = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Say what a change of plan moves, in which order, how long it takes and when it pays."""
     check_outputs([out, stages], [instance, current, target, profile])
@@ -226,6 +228,8 @@ def migrate_command(
                 "tradeoff": [_point(point) for point in points],
             }
         )
+        return
+    if quiet:
         return
     unit = problem.cluster.time_unit
     words = [

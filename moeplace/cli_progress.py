@@ -38,9 +38,9 @@ def searching(quiet: bool = False, unit: str = "") -> Iterator[Callable[[Progres
 
     def draw(now: Progress) -> None:
         if now.seconds > PATIENCE:
-            bar.start()
             done = now.layers_done
             bar.update(task, completed=done, total=now.layers, description=line(now, unit))
+            bar.start()
 
     try:
         yield draw
@@ -59,9 +59,9 @@ def line(now: Progress, unit: str = "") -> str:
 
 
 @contextmanager
-def reading() -> Iterator[Callable[[int, int], None] | None]:
+def reading(quiet: bool = False) -> Iterator[Callable[[int, int], None] | None]:
     """A callback for readers that shows how much of a file is read."""
-    if not _terminal():
+    if quiet or not _terminal():
         yield None
         return
     bar = _bar(TextColumn("reading {task.percentage:>3.0f} %"))
@@ -70,8 +70,8 @@ def reading() -> Iterator[Callable[[int, int], None] | None]:
 
     def draw(done: int, total: int) -> None:
         if time.perf_counter() - began > PATIENCE:
-            bar.start()
             bar.update(task, completed=done, total=total)
+            bar.start()
 
     try:
         yield draw

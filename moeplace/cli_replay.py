@@ -15,6 +15,7 @@ from moeplace.cli import (
     INTERNAL,
     AsJson,
     Instance,
+    Quiet,
     SumWindows,
     example,
     read_given,
@@ -223,6 +224,7 @@ def calibrate(
     timeout: Timeout = 3600.0,
     port: Port = 0,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure how fast every rank is, all at the same time, and write a profile."""
     from moeplace.replay import calibrate_ranks
@@ -263,6 +265,8 @@ def calibrate(
             for entry, speed in zip(entries, speeds, strict=True)
         ]
         write_json({"profile": out, "label": entries[0].label, "ranks": rows})
+        return
+    if quiet:
         return
     words = [
         ("profile", printable(out)),

@@ -14,6 +14,7 @@ from moeplace.cli import (
     AsJson,
     Dask,
     Instance,
+    Quiet,
     Seed,
     Workers,
     example,
@@ -379,6 +380,7 @@ def reproduce(
     workers: Workers = 1,
     dask: Dask = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Repeat a paper's experiments in form, its numbers beside ours."""
     from moeplace.reproduce import reproduce as repeat
@@ -391,13 +393,13 @@ def reproduce(
             instances,
             quick=quick,
             workers=workers,
-            tell=lambda line: sys.stderr.write(line + "\n"),
+            tell=lambda line: None if quiet else write(line + "\n", sys.stderr),
         )
     if out is not None:
         write_text(out, report.markdown())
     if as_json:
         write_json(report.to_json())
-    else:
+    elif not quiet:
         write(report.markdown())
 
 

@@ -10,6 +10,7 @@ from moeplace._files import check_outputs
 from moeplace.cli import (
     AsJson,
     ProfileFile,
+    Quiet,
     example,
     parse_range,
     read_given,
@@ -134,6 +135,7 @@ def watch_command(
     ] = False,
     time_limit: TimeLimit = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Follow a folder of load dumps; write a new plan when it pays, and log every decision."""
     from moeplace.watch import Watch
@@ -183,7 +185,10 @@ def watch_command(
     )
 
     def heard(line: dict[str, Any]) -> None:
-        write(json.dumps(line) + "\n" if as_json else _said(line))
+        if as_json:
+            write(json.dumps(line) + "\n")
+        elif not quiet:
+            write(_said(line))
 
     while True:
         follower.poll(heard, settled=once)
