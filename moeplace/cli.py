@@ -60,7 +60,7 @@ from moeplace.formats.loads import FORMATS as LOAD_FORMATS
 from moeplace.formats.loads import inspect
 from moeplace.formats.loads.binary import write as write_loads
 from moeplace.hardware import Cluster
-from moeplace.instances import generate, read_instance, write_instance
+from moeplace.instances import generate, read_instance, shipped, write_instance
 from moeplace.plan import Plan
 from moeplace.policies import POLICIES
 from moeplace.problem import Problem
@@ -547,7 +547,7 @@ def loads(
         raise ProblemError("--instance, --ranks and --slots belong together: give all or none.")
     with reading(quiet or as_json) as progress:
         read = inspect(
-            file,
+            shipped(file),
             load_format,
             phase=cast(Any, phase),  # checked with the loads
             passes=passes,

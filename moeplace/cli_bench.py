@@ -9,6 +9,7 @@ import typer
 from moeplace._files import check_output, write_text
 from moeplace.cli import REFUSED, AsJson, Dask, Quiet, example, write, write_json
 from moeplace.errors import ProblemError
+from moeplace.instances import shipped
 from moeplace.sweep import on_dask
 
 
@@ -67,6 +68,8 @@ def bench(
     """Measure methods: a suite's table, a resumable table of runs, or the best known values."""
     if sum((suite is not None, check, update_best)) > 1:
         raise ProblemError("Give a suite, --check or --update-best, not two of them.")
+    if not update_best:  # which writes there
+        instances = shipped(instances)
     if suite is not None:
         with on_dask(dask):
             _suite(suite, out, instances, as_json, quiet)

@@ -26,6 +26,7 @@ from moeplace.compare import aligned, printable
 from moeplace.errors import ProblemError
 from moeplace.formats import read_plan
 from moeplace.hardware import Cluster
+from moeplace.instances import shipped
 from moeplace.plan import Plan
 from moeplace.policies import POLICIES
 from moeplace.problem import Problem
@@ -390,7 +391,7 @@ def reproduce(
     with on_dask(dask):
         report = repeat(
             what,
-            instances,
+            shipped(instances),
             quick=quick,
             workers=workers,
             tell=lambda line: None if quiet else write(line + "\n", sys.stderr),
