@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Annotated, Any, cast
+from typing import IO, Annotated, Any, cast, get_args
 
 import numpy as np
 import typer
@@ -57,9 +57,11 @@ from moeplace.errors import (
 )
 from moeplace.evaluate import Evaluation
 from moeplace.evaluate import evaluate as price
+from moeplace.fit import Model
 from moeplace.formats import PLAN_FORMATS, options, read_plan, write_plan
 from moeplace.formats.loads import FORMATS as LOAD_FORMATS
 from moeplace.formats.loads import inspect
+from moeplace.formats.loads.binary import check_npz
 from moeplace.formats.loads.binary import write as write_loads
 from moeplace.hardware import Cluster
 from moeplace.instances import generate, read_instance, write_instance
@@ -71,6 +73,7 @@ from moeplace.result import OPTIMAL_GAP, Progress, Result, Status, gap
 from moeplace.solve import METHODS
 from moeplace.solve import solve as find
 from moeplace.summary import lines, summarise
+from moeplace.topology import check_top_k
 
 OK, INTERNAL, BAD_INPUT, INFEASIBLE, NONE_IN_TIME, REFUSED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 
@@ -275,8 +278,6 @@ def solve(
     """Find a plan and prove how far from the optimum it can be."""
     inputs = [path for path in (instance, start, profile) if path is not None]
     check_outputs([out, certificate], inputs)
-    if profile is None and latency != "speed":
-        raise ProblemError("--latency is about the times of a profile: give --profile too.")
     if start is not None and method in POLICIES:
         raise ProblemError(f"Method {method} cannot start from a plan: drop --start or use auto.")
     given = read_given(instance, sum_windows, profile, latency)
@@ -341,6 +342,7 @@ def compare(
 ) -> None:
     """Solve, and price every policy beside our plan."""
     given = read_given(instance, sum_windows)
+    sends = _sends(given.problem, hidden, top_k)
     with _progress() as progress:
         result = find(
             given.problem,
@@ -351,7 +353,6 @@ def compare(
             workers=workers,
             progress=progress,
         )
-    sends = None if hidden is None else (hidden, top_k)
     _report(given, result, tuple(POLICIES), as_json=as_json, sends=sends)
 
 
@@ -379,6 +380,7 @@ def evaluate(
     """Price a plan. A plan that breaks a rule of the problem is priced too, and ends with 2."""
     given = read_given(instance, sum_windows)
     problem, unit = given.problem, given.problem.cluster.time_unit
+    sends = _sends(problem, hidden, top_k)
     found = price(problem, read_of_instance(plan, plan_format, first_moe_layer, problem))
     bound = lower_bound(problem)
     # Bounds hold for legal plans only.
@@ -393,8 +395,8 @@ def evaluate(
         }
         if drawn is not None:
             answer["batches"] = {"count": batches, "objective": drawn.objective}
-        if hidden is not None:
-            answer["traffic"] = _traffic([row], (hidden, top_k))["plan"]
+        if sends is not None:
+            answer["traffic"] = _traffic([row], sends)["plan"]
         write_json(answer)
     else:
         balanced = found.balancedness
@@ -409,8 +411,8 @@ def evaluate(
             ("imbalance", imbalance(found)),
             ("balancedness", f"{balanced.mean():.5f} on average, {balanced.min():.5f} at worst"),
         ]
-        if hidden is not None:
-            ((_, off_rank, off_node),) = sent([row], hidden, top_k)
+        if sends is not None:
+            ((_, off_rank, off_node),) = sent([row], *sends)
             said = f"{off_rank:,.0f} bytes leave their rank, {off_node:,.0f} their node"
             words.append(("each token", said))
         broken = [f"breaks a rule: {each}" for each in found.violations]
@@ -421,6 +423,16 @@ def evaluate(
             f"{found.violations[0]}. Correct the plan or drop the rule."
         )
         raise typer.Exit(BAD_INPUT)
+
+
+def _sends(problem: Problem, hidden: int | None, top_k: float) -> tuple[int, float] | None:
+    """Hidden size and experts of each token, checked, if bytes were asked for."""
+    check_top_k(problem, top_k)
+    if hidden is None:
+        return None
+    if hidden < 1:
+        raise ProblemError(f"--hidden must be a whole number from 1, got {hidden}.")
+    return hidden, top_k
 
 
 def _over(drawn: Batches, found: Evaluation, unit: str) -> str:
@@ -540,6 +552,8 @@ def loads(
 ) -> None:
     """Describe recorded loads, and warn of statistics that lie."""
     check_outputs([out, instance], [file])
+    if out is not None:
+        check_npz(out)
     if len({instance is None, ranks is None, slots is None}) > 1:
         raise ProblemError("--instance, --ranks and --slots belong together: give all or none.")
     with _reading() as progress:
@@ -800,6 +814,11 @@ def read_given(
     instance: str, sum_windows: bool, profile: str | None = None, latency: str = "speed"
 ) -> _Given:
     """Read the problem that a command is about, and the words for it."""
+    known = tuple(dict.fromkeys(("speed", *get_args(Model))))
+    if latency not in known:
+        raise ProblemError(f"--latency must be one of {', '.join(known)}, got {latency!r}.")
+    if latency != "speed" and profile is None:
+        raise ProblemError("--latency is about the times of a profile: give --profile too.")
     problem = _generated(instance) if instance.startswith("generate:") else read_instance(instance)
     if profile is not None:
         problem = replace(problem, cluster=_profiled(problem.cluster, profile, latency))

@@ -26,6 +26,7 @@ from moeplace.evaluate import check_fits
 from moeplace.plan import EMPTY, Plan
 from moeplace.problem import Problem
 from moeplace.requests import Profiles, Requests
+from moeplace.topology import check_top_k
 
 QUANTILES = (50, 90, 99)
 #: Requests per second are found to within this share.
@@ -221,8 +222,7 @@ def simulate(
             f"A request has profile {most}, and there are {profiles.kind.size}: draw profiles "
             "with Profiles.draw."
         )
-    if engine.top_k > problem.experts:
-        raise ProblemError(f"top_k {engine.top_k:g} is more than the {problem.experts} experts.")
+    check_top_k(problem, engine.top_k)
     times = [change.at for change in changes]
     if any(not change.stall >= 0 for change in changes) or times != sorted(times):
         raise ProblemError("Changes need stalls of at least 0 s, in order of time.")

@@ -80,10 +80,11 @@ def traffic(problem: Problem, plan: Plan, top_k: float = 1.0) -> Traffic:
     ------
     PlanError
         If the plan does not fit the problem.
+    ProblemError
+        If `top_k` is out of range.
     """
     check_fits(problem, plan)
-    if not top_k > 0:
-        raise ProblemError(f"Experts of each token must be above 0, got {top_k!r}.")
+    check_top_k(problem, top_k)
     tokens = problem.tokens
     total = tokens.sum(axis=2)
     stays_on = [np.zeros(total.shape), np.zeros(total.shape)]
@@ -136,6 +137,15 @@ def trace_traffic(problem: Problem, plan: Plan, trace: Any) -> Traffic:
     return Traffic(
         problem=problem, off_rank=off_rank, off_node=off_node, copies=float(trace.shape[2])
     )
+
+
+def check_top_k(problem: Problem, top_k: float) -> None:
+    """Raise ProblemError unless a token can go to so many experts, a mean number."""
+    if not 0 < top_k <= problem.experts:
+        raise ProblemError(
+            f"Experts of each token (top-k) must be above 0 and at most the {problem.experts} "
+            f"experts of a layer, got {top_k!r}."
+        )
 
 
 def rank_plans(
