@@ -8,7 +8,9 @@ interrupted (the plan so far is written).
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -1142,7 +1144,37 @@ def main(arguments: list[str] | None = None) -> None:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="backslashreplace")
-    sys.exit(_guarded(lambda: app(args=arguments, prog_name="moeplace", standalone_mode=False)))
+    with _ended_as_by_ctrl_c():
+        code = _guarded(lambda: app(args=arguments, prog_name="moeplace", standalone_mode=False))
+    sys.exit(code)
+
+
+@contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """Take the first SIGTERM (`timeout`, a batch system) and SIGHUP (a closed terminal) for Ctrl-C.
+
+    So the plan so far is written, and solvers and temporary files are not left behind. Not under
+    torchrun, where a rank may wait for others that have ended, and not if they are ignored
+    (nohup); a second signal ends the process at once.
+    """
+    names = ("SIGTERM", "SIGHUP")
+    kinds = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    taken = [kind for kind in kinds if signal.getsignal(kind) == signal.SIG_DFL]
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not main_thread or "WORLD_SIZE" in os.environ:
+        taken = []
+
+    def interrupt(kind: int, _: object) -> None:
+        signal.signal(kind, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    for kind in taken:
+        signal.signal(kind, interrupt)
+    try:
+        yield
+    finally:
+        for kind in taken:
+            signal.signal(kind, signal.SIG_DFL)
 
 
 def _guarded(run: Callable[[], Any]) -> int:
