@@ -8,8 +8,8 @@ import numpy as np
 from moeplace._check import FloatArray
 from moeplace.dispatch import shares
 from moeplace.errors import PlanError
-from moeplace.plan import EMPTY, Plan
-from moeplace.problem import Problem
+from moeplace.plan import EMPTY, Plan, check_plan
+from moeplace.problem import Problem, check_problem
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,12 +100,9 @@ def evaluate(problem: Problem, plan: Plan) -> Evaluation:
 
 
 def check_fits(problem: Problem, plan: Plan) -> None:
-    """Raise PlanError if the plan is for another shape than the problem."""
-    if not isinstance(plan, Plan):
-        raise PlanError(
-            f"A plan must be a moeplace.Plan, got {type(plan).__name__}: build one from slots, "
-            "rank_slots and experts."
-        )
+    """Raise PlanError if the plan is for another shape than the problem, or no plan."""
+    check_problem(problem)
+    check_plan(plan)
     for name, mine, theirs in (
         ("layers", plan.layers, problem.layers),
         ("experts", plan.experts, problem.experts),

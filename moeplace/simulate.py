@@ -24,7 +24,7 @@ from moeplace.dispatch import shares
 from moeplace.errors import ProblemError
 from moeplace.evaluate import check_fits
 from moeplace.plan import EMPTY, Plan
-from moeplace.problem import Problem
+from moeplace.problem import Problem, check_problem
 from moeplace.requests import Profiles, Requests
 from moeplace.topology import check_top_k
 
@@ -205,6 +205,7 @@ def simulate(
     PlanError
         If a plan does not fit the problem.
     """
+    _check_kinds(problem, requests, profiles, engine)
     from moeplace.serving import STEPS, serve
 
     if problem.cluster.speed_unit != "tokens/s":
@@ -293,6 +294,16 @@ class Goodput:
     attained: float
 
 
+def _check_kinds(problem: object, requests: object, profiles: object, engine: object) -> None:
+    check_problem(problem)
+    parts = ((requests, Requests), (profiles, Profiles), (engine, Engine))
+    for value, kind in parts:
+        if not isinstance(value, kind):
+            raise ProblemError(
+                f"A simulation needs moeplace.{kind.__name__}, got {type(value).__name__}."
+            )
+
+
 def goodput(
     problem: Problem,
     plan: Plan,
@@ -315,6 +326,7 @@ def goodput(
     ProblemError
         If `attainment` is no share.
     """
+    _check_kinds(problem, requests, profiles, engine)
     if not 0 < attainment <= 1:
         raise ProblemError(f"Attainment must be above 0 and at most 1, got {attainment!r}.")
     span = float(requests.arrival[-1] - requests.arrival[0])

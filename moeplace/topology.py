@@ -16,7 +16,7 @@ from moeplace.dispatch import FIXED, shares
 from moeplace.errors import PlanError, ProblemError
 from moeplace.evaluate import check_fits, evaluate
 from moeplace.plan import EMPTY, Plan
-from moeplace.problem import Problem
+from moeplace.problem import Problem, check_problem
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -171,6 +171,7 @@ def rank_plans(
     top_k : float
         As in `traffic`.
     """
+    check_problem(problem)
     if not (alpha >= 0 and beta >= 0 and tokens >= 0):
         raise ProblemError(
             f"Prices of bytes and tokens must be at least 0, got {alpha!r}, {beta!r}, {tokens!r}."

@@ -17,7 +17,7 @@ from moeplace.constraints import Constraint, MaxMoves, TokenCapacity
 from moeplace.errors import PlanError, ProblemError
 from moeplace.evaluate import evaluate
 from moeplace.plan import Plan
-from moeplace.problem import Problem
+from moeplace.problem import Problem, check_problem
 from moeplace.result import OPTIMAL_GAP, Limits
 from moeplace.result import gap as over
 from moeplace.safety import emptied, halves, twice, twice_bound, unserved, without
@@ -111,6 +111,7 @@ def whatif(
     ProblemError
         If an option is out of range, or the problem has no plan as it is.
     """
+    check_problem(problem)
     if not 0 < time_limit < float("inf"):
         raise ProblemError(f"The time limit must be positive and finite, got {time_limit!r}.")
     limits = Limits(

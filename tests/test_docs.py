@@ -17,9 +17,10 @@ PAGES = sorted((ROOT / "docs/engines").glob("*.md"))
 
 
 def commands(page: Path) -> list[list[str]]:
-    blocks = re.findall(r"^```(?:sh)?\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").split("\n")
-    return [shlex.split(line, comments=True) for line in lines if line.startswith("moeplace ")]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    typed = [block for kind, block in blocks if kind in ("", "sh")]
+    lines = "\n".join(typed).replace("\\\n", " ").split("\n")
+    return [shlex.split(line, comments=True) for line in lines if re.match("moeplace [a-z]", line)]
 
 
 TYPED = [*PAGES, ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,6 +36,13 @@ def test_commands_and_formats_exist(run: Run, page: Path) -> None:
         if "--format" in arguments:
             name = arguments[arguments.index("--format") + 1]
             assert name == "NAME" or name in (FORMATS if command == "loads" else PLAN_FORMATS)
+
+
+def test_the_readme_names_every_command(run: Run) -> None:
+    known = re.findall(r"^  ([a-z]+)  ", run("--help").out.split("Commands:")[1], re.MULTILINE)
+    assert {"solve", "watch", "reproduce"} < set(known)
+    listed = {command for _, command, *_ in commands(ROOT / "README.md")}
+    assert listed == set(known)
 
 
 def test_every_engine_has_its_page_and_its_commands() -> None:
