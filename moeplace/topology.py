@@ -205,16 +205,6 @@ def checked_trace(problem: Problem, trace: Any) -> IntArray:
     return array.astype(np.int64)
 
 
-def off_node_violations(problem: Problem, plan: Plan, fraction: float) -> list[str]:
-    """One sentence for each window and layer where more than `fraction` of the copies cross."""
-    excess = off_node_excess(problem, plan, fraction)
-    return [
-        f"layer {layer}: {fraction + excess[window, layer]:.6g} of the copies in window {window} "
-        f"leave their node, at most {fraction:g} may"
-        for window, layer in np.argwhere(excess > 0)
-    ]
-
-
 def off_node_excess(problem: Problem, plan: Plan, fraction: float) -> FloatArray:
     """By how much the share of copies off their node is above `fraction`, [windows, layers]."""
     off = traffic(problem, plan).off_node
