@@ -8,14 +8,16 @@ interrupted (the plan so far is written).
 import json
 import math
 import os
+import signal
 import sys
 import textwrap
+import threading
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Annotated, Any, cast
+from typing import IO, Annotated, Any, cast, get_args
 
 import numpy as np
 import typer
@@ -55,9 +57,11 @@ from moeplace.errors import (
 )
 from moeplace.evaluate import Evaluation
 from moeplace.evaluate import evaluate as price
+from moeplace.fit import Model
 from moeplace.formats import PLAN_FORMATS, options, read_plan, write_plan
 from moeplace.formats.loads import FORMATS as LOAD_FORMATS
 from moeplace.formats.loads import inspect
+from moeplace.formats.loads.binary import check_npz
 from moeplace.formats.loads.binary import write as write_loads
 from moeplace.hardware import Cluster
 from moeplace.instances import generate, read_instance, shipped, write_instance
@@ -70,6 +74,7 @@ from moeplace.solve import METHODS
 from moeplace.solve import solve as find
 from moeplace.summary import lines, summarise
 from moeplace.tables import LONGEST, SHORTEST, WIDTH, bar, table
+from moeplace.topology import check_top_k
 
 OK, INTERNAL, BAD_INPUT, INFEASIBLE, NONE_IN_TIME, REFUSED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 
@@ -277,8 +282,6 @@ def solve(
     """Find a plan and prove how far from the optimum it can be."""
     inputs = [path for path in (instance, start, profile) if path is not None]
     check_outputs([out, certificate], inputs)
-    if profile is None and latency != "speed":
-        raise ProblemError("--latency is about the times of a profile: give --profile too.")
     if start is not None and method in POLICIES:
         raise ProblemError(f"Method {method} cannot start from a plan: drop --start or use auto.")
     given = read_given(instance, sum_windows, profile, latency)
@@ -343,6 +346,7 @@ def compare(
 ) -> None:
     """Solve, and price every policy beside our plan."""
     given = read_given(instance, sum_windows)
+    sends = _sends(given.problem, hidden, top_k)
     with searching(as_json, given.unit) as progress:
         result = find(
             given.problem,
@@ -353,7 +357,6 @@ def compare(
             workers=workers,
             progress=progress,
         )
-    sends = None if hidden is None else (hidden, top_k)
     _report(given, result, tuple(POLICIES), as_json=as_json, sends=sends)
 
 
@@ -381,6 +384,7 @@ def evaluate(
     """Price a plan. A plan that breaks a rule of the problem is priced too, and ends with 2."""
     given = read_given(instance, sum_windows)
     problem, unit = given.problem, given.problem.cluster.time_unit
+    sends = _sends(problem, hidden, top_k)
     found = price(problem, read_of_instance(plan, plan_format, first_moe_layer, problem))
     bound = lower_bound(problem)
     # Bounds hold for legal plans only.
@@ -395,8 +399,8 @@ def evaluate(
         }
         if drawn is not None:
             answer["batches"] = {"count": batches, "objective": drawn.objective}
-        if hidden is not None:
-            answer["traffic"] = _traffic([row], (hidden, top_k))["plan"]
+        if sends is not None:
+            answer["traffic"] = _traffic([row], sends)["plan"]
         write_json(answer)
     else:
         balanced = found.balancedness
@@ -411,8 +415,8 @@ def evaluate(
             ("imbalance", imbalance(found)),
             ("balancedness", f"{balanced.mean():.5f} on average, {balanced.min():.5f} at worst"),
         ]
-        if hidden is not None:
-            ((_, off_rank, off_node),) = sent([row], hidden, top_k)
+        if sends is not None:
+            ((_, off_rank, off_node),) = sent([row], *sends)
             said = f"{off_rank:,.0f} bytes leave their rank, {off_node:,.0f} their node"
             words.append(("each token", said))
         broken = [f"breaks a rule: {each}" for each in found.violations]
@@ -423,6 +427,16 @@ def evaluate(
             f"{found.violations[0]}. Correct the plan or drop the rule."
         )
         raise typer.Exit(BAD_INPUT)
+
+
+def _sends(problem: Problem, hidden: int | None, top_k: float) -> tuple[int, float] | None:
+    """Hidden size and experts of each token, checked, if bytes were asked for."""
+    check_top_k(problem, top_k)
+    if hidden is None:
+        return None
+    if hidden < 1:
+        raise ProblemError(f"--hidden must be a whole number from 1, got {hidden}.")
+    return hidden, top_k
 
 
 def _over(drawn: Batches, found: Evaluation, unit: str) -> str:
@@ -543,6 +557,8 @@ def loads(
 ) -> None:
     """Describe recorded loads, and warn of statistics that lie."""
     check_outputs([out, instance], [file])
+    if out is not None:
+        check_npz(out)
     if len({instance is None, ranks is None, slots is None}) > 1:
         raise ProblemError("--instance, --ranks and --slots belong together: give all or none.")
     with reading(quiet or as_json) as progress:
@@ -814,6 +830,11 @@ def read_given(
     instance: str, sum_windows: bool, profile: str | None = None, latency: str = "speed"
 ) -> _Given:
     """Read the problem that a command is about, and the words for it."""
+    known = tuple(dict.fromkeys(("speed", *get_args(Model))))
+    if latency not in known:
+        raise ProblemError(f"--latency must be one of {', '.join(known)}, got {latency!r}.")
+    if latency != "speed" and profile is None:
+        raise ProblemError("--latency is about the times of a profile: give --profile too.")
     problem = _generated(instance) if instance.startswith("generate:") else read_instance(instance)
     if profile is not None:
         problem = replace(problem, cluster=_profiled(problem.cluster, profile, latency))
@@ -1091,7 +1112,37 @@ def main(arguments: list[str] | None = None) -> None:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="backslashreplace")
-    sys.exit(_guarded(lambda: app(args=arguments, prog_name="moeplace", standalone_mode=False)))
+    with _ended_as_by_ctrl_c():
+        code = _guarded(lambda: app(args=arguments, prog_name="moeplace", standalone_mode=False))
+    sys.exit(code)
+
+
+@contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """Take the first SIGTERM (`timeout`, a batch system) and SIGHUP (a closed terminal) for Ctrl-C.
+
+    So the plan so far is written, and solvers and temporary files are not left behind. Not under
+    torchrun, where a rank may wait for others that have ended, and not if they are ignored
+    (nohup); a second signal ends the process at once.
+    """
+    names = ("SIGTERM", "SIGHUP")
+    kinds = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    taken = [kind for kind in kinds if signal.getsignal(kind) == signal.SIG_DFL]
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not main_thread or "WORLD_SIZE" in os.environ:
+        taken = []
+
+    def interrupt(kind: int, _: object) -> None:
+        signal.signal(kind, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    for kind in taken:
+        signal.signal(kind, interrupt)
+    try:
+        yield
+    finally:
+        for kind in taken:
+            signal.signal(kind, signal.SIG_DFL)
 
 
 def _guarded(run: Callable[[], Any]) -> int:

@@ -17,6 +17,9 @@ from moeplace.profile import read_profile
 from moeplace.samples import Samples, read_samples, read_totals, same_setting
 from moeplace.tables import WIDTH, table
 
+#: Outliers and falls that the text shows.
+SHOWN = 8
+
 
 def fit_command(
     samples: Annotated[
@@ -135,12 +138,18 @@ def _text(fits: list[Fit]) -> str:
         gpus.append([printable(name), slow, f"{low:.4f} to {high:.4f}", str(last.tied[g])])
     parts += ["\n", _columns(gpus)]
     samples = last.samples
-    for i in last.outliers.tolist():
-        parts.append("\n" + textwrap.fill(f"Outlier, left out: {_sample(samples, i)}.", WIDTH))
-    for _, i, j in samples.falls:
-        fall = f"Falls: {_sample(samples, i)}, but {_sample(samples, j)}."
-        parts.append("\n" + textwrap.fill(fall, WIDTH))
-    return "".join(parts) + "\n"
+    left_out = [f"Outlier, left out: {_sample(samples, i)}." for i in last.outliers.tolist()]
+    fall = [
+        f"Falls: {_sample(samples, i)}, but {_sample(samples, j)}." for _, i, j in samples.falls
+    ]
+    lines = [*_first(left_out, "outliers left out"), *_first(fall, "falls")]
+    return "".join([*parts, *("\n" + textwrap.fill(line, WIDTH) for line in lines)]) + "\n"
+
+
+def _first(lines: list[str], what: str) -> list[str]:
+    """The first few, and how many more there are."""
+    more = len(lines) - SHOWN
+    return lines if more <= 0 else [*lines[:SHOWN], f"And {more:,} more {what}: see --json."]
 
 
 def _sample(samples: Samples, i: int) -> str:

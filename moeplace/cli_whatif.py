@@ -46,6 +46,14 @@ def whatif(
     time_limit: Annotated[
         float, typer.Option(metavar="SECONDS", help="Wall time of all answers together.")
     ] = SECONDS,
+    work_limit: Annotated[
+        int | None,
+        typer.Option(
+            metavar="STEPS",
+            help="Search steps of each solve instead: the same inputs then give the same answers.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Seed = 0,
     workers: Workers = 1,
     profile: ProfileFile = None,
@@ -64,6 +72,7 @@ def whatif(
             decode=other,
             slots_most=slots_most,
             time_limit=time_limit,
+            work_limit=work_limit,
             workers=workers,
             seed=seed,
         )

@@ -11,7 +11,7 @@ from moeplace.evaluate import Evaluation
 from moeplace.plan import Plan
 from moeplace.policies import POLICIES, planning_loads
 from moeplace.policies.vibe import vibe_assignment
-from moeplace.problem import Problem
+from moeplace.problem import Problem, check_problem
 from moeplace.result import Result
 from moeplace.search.split import at_best_shares
 from moeplace.tables import WIDTH, table
@@ -77,6 +77,7 @@ def compare(
     -------
     list of Row
     """
+    check_problem(problem)
     held = _held(problem)
     rows = []
     if problem.max_moves is not None:

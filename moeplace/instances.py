@@ -28,7 +28,7 @@ from moeplace.hardware import Cluster, SpeedUnit
 from moeplace.latency import Planes, Table
 from moeplace.loads import LoadHistogram, Phase
 from moeplace.plan import EMPTY, Plan
-from moeplace.problem import Objective, Problem, Routing
+from moeplace.problem import Objective, Problem, Routing, check_problem
 
 FORMAT, VERSION = "moeplace-instance", 1
 
@@ -233,6 +233,7 @@ def write_instance(problem: Problem, path: PathLike, *, notes: str = "") -> None
     FormatError
         If the file cannot be written. A file that was there stays as it was.
     """
+    check_problem(problem)
     write_json(path, as_file(problem, notes))
 
 

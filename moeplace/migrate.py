@@ -15,8 +15,8 @@ from moeplace._check import FloatArray, IntArray, integers, ndim
 from moeplace.constraints import CAPACITY_SLACK
 from moeplace.errors import PlanError, ProblemError
 from moeplace.evaluate import evaluate
-from moeplace.plan import EMPTY, Plan
-from moeplace.problem import Problem
+from moeplace.plan import EMPTY, Plan, check_plan
+from moeplace.problem import Problem, check_problem
 from moeplace.transfer import Copy, Migration, Stage
 
 Engine = Literal["vllm", "sglang"]
@@ -41,6 +41,7 @@ def relabel(problem: Problem, current: Plan, plan: Plan, tolerance: float = 0.0)
     PlanError
         If one of the plans does not fit the problem.
     """
+    check_problem(problem)
     from scipy.optimize import linear_sum_assignment
 
     if not 0 <= tolerance < float("inf"):
@@ -61,6 +62,8 @@ def relabel(problem: Problem, current: Plan, plan: Plan, tolerance: float = 0.0)
 
 def check_shapes(current: Plan, plan: Plan) -> None:
     """Raise PlanError unless both plans have the same layers, experts and slots per rank."""
+    check_plan(current)
+    check_plan(plan)
     mine = (plan.layers, plan.experts, plan.rank_slots.tolist())
     theirs = (current.layers, current.experts, current.rank_slots.tolist())
     for name, one, other in zip(("layers", "experts", "slots per rank"), theirs, mine, strict=True):

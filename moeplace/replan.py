@@ -6,8 +6,8 @@ from typing import get_args
 
 from moeplace.errors import ProblemError
 from moeplace.migrate import Engine, check_engine, checked_bytes, migrate
-from moeplace.plan import Plan
-from moeplace.problem import Problem
+from moeplace.plan import Plan, check_plan
+from moeplace.problem import Problem, check_problem
 from moeplace.search.split import at_best_shares
 from moeplace.tradeoff import BUDGETS, Point, tradeoff
 from moeplace.transfer import Links, Migration, Mode, Payback, check_slowdown, payback
@@ -138,6 +138,12 @@ def propose(
     ProblemError
         If seconds per step are not known, or an option is out of range.
     """
+    check_problem(problem)
+    check_plan(current)
+    if not isinstance(economy, Economy):
+        raise ProblemError(
+            f"What moving costs must be a moeplace.Economy, got {type(economy).__name__}."
+        )
     points = tradeoff(
         problem,
         current,

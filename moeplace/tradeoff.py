@@ -12,8 +12,8 @@ from moeplace.constraints import MaxMoves
 from moeplace.errors import ProblemError
 from moeplace.evaluate import Evaluation, evaluate
 from moeplace.migrate import checked_bytes, relabel
-from moeplace.plan import Plan
-from moeplace.problem import Problem
+from moeplace.plan import Plan, check_plan
+from moeplace.problem import Problem, check_problem
 from moeplace.result import gap as over
 from moeplace.search.split import at_best_shares
 from moeplace.solve import solve
@@ -92,6 +92,8 @@ def tradeoff(
     PlanError
         If the current plan has another shape than the problem.
     """
+    check_problem(problem)
+    check_plan(current)
     if per not in ("layer", "total"):
         raise ProblemError(f"Budgets are per layer or total, got {per!r}.")
     check_budgets(budgets)

@@ -300,8 +300,11 @@ def test_bytes_that_leave_rank_and_node_are_told_if_asked(run: Run, tmp_path: Pa
     assert re.search(r"bytes for each token +off rank +off node\ncontiguous +800 +0\n", text)
     told = run("compare", here, *QUICK, *options, "--json").json["traffic"]
     assert told["moeplace (auto)"] == sent
-    refused(run("evaluate", here, plan, "--hidden", "0"), "hidden size must be above 0")
-    refused(run("evaluate", here, plan, "--hidden", "9", "--top-k", "0"), "must be above 0, got 0")
+    refused(run("evaluate", here, plan, "--hidden", "0"), "--hidden must be a whole number from 1")
+    refused(run("evaluate", here, plan, "--hidden", "9", "--top-k", "0"), "must be above 0")
+    for top_k in ("99", "nan"):
+        for command in (("evaluate", here, plan), ("compare", here)):
+            refused(run(*command, "--top-k", top_k), rf"at most the \d+ experts .*got {top_k}")
 
 
 def test_bound_is_proven_and_checked_again(run: Run) -> None:

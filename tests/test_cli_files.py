@@ -82,6 +82,8 @@ def test_loads_writes_plain_loads_and_an_instance(run: Run, tmp_path: Path) -> N
 def test_loads_refuses_bad_options(run: Run, tmp_path: Path) -> None:
     refused(run("loads", REAL, "--layers", "3"), "--layers must be FROM:TO")
     refused(run("loads", REAL, "--layers", "x:3"), "--layers must be FROM:TO")
+    refused(run("loads", REAL, "--layers", "3:61"), "rows 3:61, but there are 48 .*dense layers")
+    refused(run("loads", REAL, "--out", tmp_path / "x.json"), r"name it .*x\.npz\.")
     refused(run("loads", REAL, "--phase", "idle"), "Phase must be one of|says its phase itself")
     refused(run("loads", REAL, "--ranks", "3"), "--instance, --ranks and --slots belong together")
     refused(run("loads", REAL, "--out", REAL), "must not overwrite an input")

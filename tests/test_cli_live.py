@@ -14,7 +14,7 @@ from moeplace.formats import read_plan, write_plan
 from moeplace.instances import generate, read_instance, write_instance
 from moeplace.migrate import migrate
 from moeplace.solve import solve
-from tests.test_cli import GOOD, PLAN, Run, plain_terminal, run, saved
+from tests.test_cli import GOOD, PLAN, Run, plain_terminal, refused, run, saved
 
 __all__ = ["plain_terminal", "run"]  # fixtures
 
@@ -230,6 +230,8 @@ def test_whatif(run: Run, tmp_path: Path) -> None:
     assert "at best: proven" in text
     assert "decode: a placement of its own" in text
     assert run("whatif", path, "--time-limit", "0").code == cli.BAD_INPUT
+    for most in ("0", "-3", "1000"):
+        refused(run("whatif", path, "--slots-most", most), f"a whole number from .*got {most}")
 
 
 def test_stages_reach_a_plan_that_an_engine_made(run: Run, tmp_path: Path) -> None:

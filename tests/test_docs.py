@@ -369,6 +369,13 @@ def test_commands_and_formats_exist(run: Run, page: Path) -> None:
             assert name in (FORMATS if command == "loads" else PLAN_FORMATS)
 
 
+def test_the_readme_names_every_command(run: Run) -> None:
+    known = re.findall(r"^  ([a-z]+)  ", run("--help").out.split("Commands:")[1], re.MULTILINE)
+    assert {"solve", "watch", "reproduce"} < set(known)
+    named = set(re.findall(r"moeplace ([a-z]+)", (ROOT / "README.md").read_text()))
+    assert set(known) <= named
+
+
 def test_every_engine_has_its_page_and_its_commands() -> None:
     pages = {page.stem for page in ENGINES} - {"README"}
     assert pages == {"sglang", "vllm", "vllm-ascend", "tensorrt-llm", "omni", "lmdeploy"}

@@ -129,12 +129,17 @@ def _run(command: list[str], log: str, request: Request) -> None:
         running = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
         )
-        if request.stop is not None:
-            request.stop.on_stop(lambda: running.send_signal(signal.SIGINT))
-        while True:
-            try:
-                running.wait(PATIENCE)
-                return
-            except subprocess.TimeoutExpired:
-                if request.stop is not None and request.stop.called:
-                    running.kill()
+        try:
+            if request.stop is not None:
+                request.stop.on_stop(lambda: running.send_signal(signal.SIGINT))
+            while True:
+                try:
+                    running.wait(PATIENCE)
+                    return
+                except subprocess.TimeoutExpired:
+                    if request.stop is not None and request.stop.called:
+                        return
+        finally:
+            if running.poll() is None:  # told to stop in vain, or an error here
+                running.kill()
+                running.wait()

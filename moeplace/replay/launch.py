@@ -9,6 +9,7 @@ import contextlib
 import os
 import pickle
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -235,7 +236,7 @@ def _end(ranks: "list[subprocess.Popen[bytes]]") -> None:
 
 
 def _main(folder: Path, store: str) -> int:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     rank = os.environ["RANK"]
     job = pickle.loads((folder / "job").read_bytes())
     try:
@@ -258,9 +259,11 @@ def _main(folder: Path, store: str) -> int:
     return 0
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(folder: Path) -> None:
+    """End with the parent; one that was killed could not remove its folder."""
     while os.read(0, 1):  # not sys.stdin, whose lock would be held when Python ends
         pass
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(_FAULT)
 
 

@@ -44,7 +44,6 @@ from moeplace.search.split import at_best_shares, layer_makespan, resplit
 from moeplace.search.state import BARRED, HELD, PINNED, State, to_slots
 from moeplace.search.window import window
 from moeplace.search.windows import Windows
-from moeplace.topology import off_node_excess
 
 #: What is tried besides our own search, on layers where that leaves a gap.
 RIVALS = ("contiguous", "eplb", "vibe", "eplb_lpt")
@@ -144,9 +143,9 @@ class Run:
         """
         capacity = self.problem.capacity * (1 + CAPACITY_SLACK)
         over = np.asarray(np.maximum(priced.rank_tokens - capacity, 0.0).sum(axis=(0, 2)))
-        if self.problem.max_off_node is None:
+        excess = priced.off_node_excess
+        if excess is None:
             return over
-        excess = off_node_excess(self.problem, priced.plan, self.problem.max_off_node)
         return np.asarray(over + (excess * self.problem.tokens.sum(axis=2)).sum(axis=0))
 
     @property
@@ -216,9 +215,8 @@ class Run:
         """Whether a plan breaks no rule but token capacities and `MaxOffNode`."""
         over = priced.rank_tokens > self.problem.capacity * (1 + CAPACITY_SLACK)
         known = np.count_nonzero(over)
-        if len(priced.violations) > known and self.problem.max_off_node is not None:
-            excess = off_node_excess(self.problem, priced.plan, self.problem.max_off_node)
-            known += np.count_nonzero(excess)
+        if priced.off_node_excess is not None:
+            known += np.count_nonzero(priced.off_node_excess)
         return len(priced.violations) == known
 
     def _keep(self, candidates: list[Evaluation]) -> None:

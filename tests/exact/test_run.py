@@ -185,27 +185,37 @@ def test_planted_optima_at_real_size(kind: str) -> None:
         )
 
 
-@pytest.mark.parametrize("name", ["cp-sat", "highs", "cbc"])
-def test_ctrl_c_ends_a_solver_and_the_plan_is_written(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("cp-sat", signal.SIGINT), ("highs", signal.SIGINT), ("cbc", signal.SIGTERM)],
+)
+def test_a_signal_ends_a_solver_and_the_plan_is_written(
+    name: str, kind: signal.Signals, tmp_path: Path
+) -> None:
+    """Ctrl-C, or what `timeout` sends; nothing is left in the folder of temporary files."""
     one = generate((1, 128, 130, 16), 3).aggregate()
     write_instance(one, tmp_path / "one.json")
     code = "import sys; from moeplace.cli import main; sys.exit(main())"
     arguments = ["solve", "one.json", "--method", name, "--time-limit", "60", "--gap", "1e-9"]
     arguments += ["--out", "plan.json", "--json"]
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
     process = subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(temporary)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     time.sleep(8)
-    process.send_signal(signal.SIGINT)
+    assert len(list(temporary.glob("moeplace-cbc-*"))) == (name == "cbc")
+    process.send_signal(kind)
     said, errors = process.communicate(timeout=30)
     assert process.returncode == 130, errors
     answer = msgspec.json.decode(said)
     assert answer["status"] == "interrupted"
+    assert not list(temporary.glob("moeplace-*"))
     plan = mp.read_plan(tmp_path / "plan.json")
     assert mp.evaluate(one, plan).objective == pytest.approx(answer["objective"])

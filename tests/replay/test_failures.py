@@ -110,7 +110,11 @@ def test_a_kernel_that_breaks_its_contract(
     assert not list(tmp_path.iterdir())
 
 
-def test_ranks_end_with_a_parent_that_is_killed(no_orphans: str) -> None:
+def test_ranks_end_with_a_parent_that_is_killed(
+    no_orphans: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And they remove what it left."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     code = "from tests.replay.test_failures import replay; replay('tests.replay.jobs:stuck')"
     root = Path(__file__).parents[2]
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=root)
@@ -118,8 +122,13 @@ def test_ranks_end_with_a_parent_that_is_killed(no_orphans: str) -> None:
     while len(children(no_orphans)) < 3 and time.monotonic() < until:
         time.sleep(0.05)
     assert len(children(no_orphans)) == 3
+    assert len(list(tmp_path.glob("moeplace-*"))) == 1
     parent.send_signal(signal.SIGKILL)
     parent.wait()  # then the fixture sees that its ranks end
+    until = time.monotonic() + 5
+    while list(tmp_path.iterdir()) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_taken_port() -> None:

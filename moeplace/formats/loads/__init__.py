@@ -74,7 +74,7 @@ def read_loads(
     passes : number or [windows], optional
         Forward passes of each window, where the file does not say it.
     layers : slice or sequence of int, optional
-        The rows to keep, e.g. ``slice(3, 61)`` where dense layers have rows too.
+        The rows to keep, e.g. ``slice(3, 61)`` where dense layers have rows too; all must be there.
     windows : int, optional
         Sum consecutive windows (passes, tokens of a trace) into this many. By default the
         file's own; a trace, per-pass records and TensorRT-LLM's iterations become one.
@@ -174,7 +174,20 @@ def _one(path: PathLike, name: str, held: Any, given: Any) -> Any:
 def _layers(tokens: Any, layers: slice | Sequence[int] | None) -> Any:
     if layers is None:
         return tokens
-    index = range(tokens.shape[1])[layers] if isinstance(layers, slice) else list(layers)
+    if isinstance(layers, slice):
+        rows = tokens.shape[1]
+        for end in (layers.start, layers.stop):
+            if end is not None and not -rows <= end <= rows:
+                asked = ":".join(
+                    "" if each is None else str(each) for each in (layers.start, layers.stop)
+                )
+                raise ProblemError(
+                    f"Option layers asks for rows {asked}, but there are {rows} (0 to {rows - 1}). "
+                    "Choose from those; if dense layers have no rows here, drop the option."
+                )
+        index: Any = range(rows)[layers]
+    else:
+        index = list(layers)
     for layer in index:
         if not isinstance(layer, int | np.integer) or not 0 <= layer < tokens.shape[1]:
             raise ProblemError(
