@@ -294,7 +294,8 @@ def execute(block: Block, run: Run, names: dict[str, Any], patch: pytest.MonkeyP
         exec(compile("\n" * block.line + text, str(block.page), "exec"), names)
     elif block.language == "json":
         Path("block.json").write_text(block.text)
-        mp.read_instance("block.json")
+        reads = {"moeplace-instance": mp.read_instance, "moeplace-plan": mp.read_plan}
+        assert reads[json.loads(block.text)["format"]]("block.json")
     elif block.language == "yaml":
         assert yaml.safe_load(block.text)
     else:  # what a command said
@@ -389,6 +390,19 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text()):
         if not target.startswith("https://"):
             assert (page.parent / target).exists(), target
+
+
+def test_every_page_is_in_the_menu_and_every_file_format_on_its_page() -> None:
+    menu = (ROOT / "mkdocs.yml").read_text()
+    for page in PAGES:
+        if ROOT / "docs" in page.parents:
+            assert f" {page.relative_to(ROOT / 'docs')}\n" in menu, page
+    sources = "".join(path.read_text() for path in (ROOT / "moeplace").rglob("*.py"))
+    known = set(re.findall(r'"(moeplace-[a-z]+)"', sources))
+    assert len(known) >= 8
+    text = (ROOT / "docs/files.md").read_text()
+    for name in known:
+        assert f"| `{name}` |" in text, name
 
 
 def test_every_format_is_in_the_overview() -> None:
