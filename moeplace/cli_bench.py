@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from moeplace._files import check_output, write_text
-from moeplace.cli import REFUSED, AsJson, Dask, Quiet, example, write, write_json
+from moeplace.cli_answers import write, write_json
+from moeplace.cli_options import REFUSED, AsJson, Dask, Quiet, example
 from moeplace.errors import ProblemError
 from moeplace.instances import shipped
 from moeplace.sweep import on_dask

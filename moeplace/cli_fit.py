@@ -7,7 +7,8 @@ import numpy as np
 import typer
 
 from moeplace._files import read_bytes
-from moeplace.cli import AsJson, example, write, write_json
+from moeplace.cli_answers import write, write_json
+from moeplace.cli_options import AsJson, example
 from moeplace.compare import printable
 from moeplace.errors import ProblemError
 from moeplace.fit import Fit, Model, fit

@@ -5,7 +5,9 @@ from typing import Annotated, Any, cast
 import typer
 
 from moeplace._files import check_outputs, write_json
-from moeplace.cli import (
+from moeplace.cli_answers import read_given, read_of_instance, write
+from moeplace.cli_answers import write_json as write_answer
+from moeplace.cli_options import (
     AsJson,
     FirstMoeLayer,
     Instance,
@@ -14,12 +16,6 @@ from moeplace.cli import (
     Quiet,
     SumWindows,
     example,
-    read_given,
-    read_of_instance,
-    write,
-)
-from moeplace.cli import (
-    write_json as write_answer,
 )
 from moeplace.compare import aligned, exact, percent
 from moeplace.errors import ProblemError

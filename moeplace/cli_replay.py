@@ -10,18 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from moeplace.cli import (
-    BAD_INPUT,
-    INTERNAL,
-    AsJson,
-    Instance,
-    Quiet,
-    SumWindows,
-    example,
-    read_given,
-    write,
-    write_json,
-)
+from moeplace.cli_answers import read_given, write, write_json
+from moeplace.cli_options import BAD_INPUT, INTERNAL, AsJson, Instance, Quiet, SumWindows, example
 from moeplace.compare import aligned, printable
 from moeplace.errors import ProblemError
 from moeplace.formats import read_plan

@@ -10,18 +10,8 @@ import numpy as np
 import typer
 
 from moeplace._files import check_output, write_text
-from moeplace.cli import (
-    AsJson,
-    Dask,
-    Instance,
-    Quiet,
-    Seed,
-    Workers,
-    example,
-    read_given,
-    write,
-    write_json,
-)
+from moeplace.cli_answers import read_given, write, write_json
+from moeplace.cli_options import AsJson, Dask, Instance, Quiet, Seed, Workers, example
 from moeplace.compare import aligned, printable
 from moeplace.errors import ProblemError
 from moeplace.formats import read_plan

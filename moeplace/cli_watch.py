@@ -7,16 +7,8 @@ from typing import Annotated, Any, cast
 import typer
 
 from moeplace._files import check_outputs
-from moeplace.cli import (
-    AsJson,
-    ProfileFile,
-    Quiet,
-    example,
-    parse_range,
-    read_given,
-    read_of_instance,
-    write,
-)
+from moeplace.cli_answers import read_given, read_of_instance, write
+from moeplace.cli_files import parse_range
 from moeplace.cli_migrate import (
     GIGA,
     Chunk,
@@ -29,6 +21,7 @@ from moeplace.cli_migrate import (
     TimeLimit,
     sizes_of,
 )
+from moeplace.cli_options import AsJson, ProfileFile, Quiet, example
 from moeplace.compare import printable
 from moeplace.drift import Monitor
 from moeplace.errors import ProblemError

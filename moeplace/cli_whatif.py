@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from moeplace.cli import (
+from moeplace.cli_answers import read_given, write, write_json
+from moeplace.cli_options import (
     AsJson,
     Dask,
     Instance,
@@ -15,9 +16,6 @@ from moeplace.cli import (
     SumWindows,
     Workers,
     example,
-    read_given,
-    write,
-    write_json,
 )
 from moeplace.compare import aligned, exact
 from moeplace.sweep import on_dask

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moeplace import cli
+from moeplace import cli, cli_price, cli_solve
 from moeplace.bounds import Bound
 from moeplace.errors import CertificateError, SolverError
 from moeplace.evaluate import evaluate
@@ -498,7 +498,7 @@ def test_an_output_that_is_an_input_is_refused(run: Run, tmp_path: Path) -> None
 def test_an_output_that_cannot_be_written_is_refused_before_any_work(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "find", None)  # not reached
+    monkeypatch.setattr(cli_solve, "find", None)  # not reached
     good = saved(tmp_path / "in.json", GOOD)
     refused(run("solve", good, "--out", tmp_path / "absent" / "plan.json"), "no folder")
     refused(run("solve", good, "--out", tmp_path), "is a folder")
@@ -590,7 +590,7 @@ def unfinished(status: Status, keep: bool) -> Callable[..., Result]:
 def test_4_if_no_plan_was_found_in_time(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "find", unfinished(Status.NONE_IN_TIME, keep=False))
+    monkeypatch.setattr(cli_solve, "find", unfinished(Status.NONE_IN_TIME, keep=False))
     out = saved(tmp_path / "plan.json", b"precious")
     answer = run("solve", TOY, "--out", out)
     assert answer.code == 4
@@ -602,7 +602,7 @@ def test_5_if_a_bound_does_not_follow(run: Run, monkeypatch: pytest.MonkeyPatch)
     def claim(problem: Problem) -> Bound:
         return Bound(per_layer=np.array([[300.0]]), source=np.array([["fluid"]]), total=300.0)
 
-    monkeypatch.setattr(cli, "lower_bound", claim)
+    monkeypatch.setattr(cli_price, "lower_bound", claim)
     answer = run("bound", TOY)
     assert (answer.code, answer.out) == (5, "")
     assert re.search("error: Bound 300.0 of window 0, layer 0 does not follow", answer.err)
@@ -618,7 +618,7 @@ def test_130_if_interrupted_with_the_plan_so_far_written(
 
         yield interrupt
 
-    monkeypatch.setattr(cli, "searching", stop)
+    monkeypatch.setattr(cli_solve, "searching", stop)
     out = tmp_path / "plan.json"
     answer = run("solve", TOY, "--gap", "0", "--out", out, "--json")
     assert answer.code == 130
@@ -634,7 +634,7 @@ def test_130_if_interrupted_before_there_is_a_plan(
     def interrupt(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "find", interrupt)
+    monkeypatch.setattr(cli_solve, "find", interrupt)
     answer = run("solve", TOY)
     assert (answer.code, answer.out, answer.err) == (130, "", "error: interrupted\n")
 
@@ -654,7 +654,7 @@ def test_1_for_a_failure_of_our_own(
     def fail(*arguments: Any, **options: Any) -> None:
         raise failure
 
-    monkeypatch.setattr(cli, "find", fail)
+    monkeypatch.setattr(cli_solve, "find", fail)
     answer = run("solve", TOY)
     assert (answer.code, answer.out) == (1, "")
     assert answer.err.startswith("error: ")
@@ -668,7 +668,7 @@ def test_a_certificate_error_anywhere_is_5(run: Run, monkeypatch: pytest.MonkeyP
     def fail(*arguments: Any, **options: Any) -> None:
         raise CertificateError("claim 3 does not follow")
 
-    monkeypatch.setattr(cli, "find", fail)
+    monkeypatch.setattr(cli_solve, "find", fail)
     assert run("solve", TOY).code == 5
 
 
@@ -723,7 +723,7 @@ def test_a_plan_is_whole_or_absent(tmp_path: Path, run: Run, monkeypatch: Any) -
     def fail(plan: Plan, path: str) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cli, "write_plan", fail)
+    monkeypatch.setattr(cli_solve, "write_plan", fail)
     out = saved(tmp_path / "plan.json", b"precious")
     assert run("solve", TOY, *QUICK, "--out", out).code == 1
     assert out.read_bytes() == b"precious"
