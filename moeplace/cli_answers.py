@@ -285,7 +285,7 @@ def _show(given: Given, result: Result, rows: list[Row]) -> None:
         console.print(grid)
         for line in notes(result.problem, rows):
             console.print(Text(line))
-    write(capture.get())
+    write("\n".join(line.rstrip() for line in capture.get().split("\n")))
 
 
 def sources(proven: Bound) -> str:
