@@ -123,9 +123,27 @@ WorkLimit = Annotated[
     int | None,
     typer.Option(metavar="STEPS", help="Search steps over all layers.", show_default=False),
 ]
+
+
+def _known(name: str) -> str:
+    """The format of a plan, if there is such a one: also where no plan is read."""
+    options(name, reading=True)
+    return name
+
+
+def _from_0(layers: int | None) -> int | None:
+    if layers is not None and layers < 0:
+        raise ProblemError(f"--first-moe-layer must be a whole number from 0, got {layers}.")
+    return layers
+
+
 PlanFormat = Annotated[
     str,
-    typer.Option(metavar="NAME", help=f"The plan file's format: {', '.join(PLAN_FORMATS)}."),
+    typer.Option(
+        metavar="NAME",
+        help=f"The plan file's format: {', '.join(PLAN_FORMATS)}.",
+        callback=_known,
+    ),
 ]
 FirstMoeLayer = Annotated[
     int | None,
@@ -133,6 +151,7 @@ FirstMoeLayer = Annotated[
         metavar="N",
         help="Model layers before the first MoE layer (sglang, tensorrt-llm), e.g. 3 for "
         "DeepSeek-V3.",
+        callback=_from_0,
         show_default=False,
     ),
 ]
@@ -683,6 +702,10 @@ def export(
             f"Export needs one of --format ({', '.join(PLAN_FORMATS)}), --model (lp, mps) and "
             "--solution."
         )
+    if names is not None and solution is None:
+        raise FormatError("--names is for --solution: give that too, or drop it.")
+    if start is not None and model is None:
+        raise FormatError("--start is for --model: give that too, or drop it.")
     check_output(out, [source])
     if model is not None or solution is not None:
         _export_model(source, out, model, solution, names, start, sum_windows)
