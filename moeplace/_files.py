@@ -354,9 +354,12 @@ def _special(target: Path) -> bool:
 
 
 def _same(target: Path, given: Path) -> bool:
-    if target.exists() and given.exists():
-        return target.samefile(given)
-    return target == Path(os.path.realpath(given))
+    try:
+        if target.exists() and given.exists():
+            return target.samefile(given)
+        return target == Path(os.path.realpath(given))
+    except (OSError, ValueError):  # no path at all: its reader says so
+        return False
 
 
 def _decode(path: PathLike, data: bytes, kind: type[T], root: str = "$") -> T:

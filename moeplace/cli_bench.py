@@ -69,6 +69,10 @@ def bench(
     """Measure methods: a suite's table, a resumable table of runs, or the best known values."""
     if sum((suite is not None, check, update_best)) > 1:
         raise ProblemError("Give a suite, --check or --update-best, not two of them.")
+    if only and not check:
+        raise ProblemError("--only is for --check: give that too, or drop it.")
+    if dask is not None and suite is None:
+        raise ProblemError("--dask is for suites: give one, or drop it.")
     if not update_best:  # which writes there
         instances = shipped(instances)
     if suite is not None:

@@ -245,6 +245,10 @@ def export(
             f"Export needs one of --format ({', '.join(PLAN_FORMATS)}), --model (lp, mps) and "
             "--solution."
         )
+    if names is not None and solution is None:
+        raise FormatError("--names is for --solution: give that too, or drop it.")
+    if start is not None and model is None:
+        raise FormatError("--start is for --model: give that too, or drop it.")
     check_output(out, [source])
     if model is not None or solution is not None:
         _export_model(source, out, model, solution, names, start, sum_windows)

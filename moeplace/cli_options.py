@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from moeplace.formats import PLAN_FORMATS
+from moeplace.errors import ProblemError
+from moeplace.formats import PLAN_FORMATS, options
 from moeplace.tables import WIDTH
 
 OK, INTERNAL, BAD_INPUT, INFEASIBLE, NONE_IN_TIME, REFUSED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
@@ -32,9 +33,27 @@ WorkLimit = Annotated[
     int | None,
     typer.Option(metavar="STEPS", help="Search steps over all layers.", show_default=False),
 ]
+
+
+def _known(name: str) -> str:
+    """The format of a plan, if there is such a one: also where no plan is read."""
+    options(name, reading=True)
+    return name
+
+
+def _from_0(layers: int | None) -> int | None:
+    if layers is not None and layers < 0:
+        raise ProblemError(f"--first-moe-layer must be a whole number from 0, got {layers}.")
+    return layers
+
+
 PlanFormat = Annotated[
     str,
-    typer.Option(metavar="NAME", help=f"The plan file's format: {', '.join(PLAN_FORMATS)}."),
+    typer.Option(
+        metavar="NAME",
+        help=f"The plan file's format: {', '.join(PLAN_FORMATS)}.",
+        callback=_known,
+    ),
 ]
 FirstMoeLayer = Annotated[
     int | None,
@@ -42,6 +61,7 @@ FirstMoeLayer = Annotated[
         metavar="N",
         help="Model layers before the first MoE layer (sglang, tensorrt-llm), e.g. 3 for "
         "DeepSeek-V3.",
+        callback=_from_0,
         show_default=False,
     ),
 ]

@@ -21,12 +21,14 @@ from moeplace.plan import Plan
 from moeplace.policies import POLICIES
 from moeplace.problem import Problem
 from moeplace.requests import PROFILES, SPREAD, Profiles, Requests, read_requests
+from moeplace.result import Limits
 from moeplace.simulate import (
     Change,
     Engine,
     Interval,
     Service,
     Slo,
+    check_attainment,
     disaggregated,
     goodput,
     rehearse,
@@ -160,6 +162,14 @@ def simulate_command(
         )
     if not 1 <= seeds <= 1000:
         raise ProblemError(f"--seeds must be from 1 to 1000, got {seeds}.")
+    check_attainment(attainment)
+    Limits(time=time_limit)
+    if workers < 1:
+        raise ProblemError(f"--workers must be a whole number from 1, got {workers}.")
+    slo = Slo(
+        ttft=np.inf if slo_ttft is None else 1e-3 * slo_ttft,
+        tpot=np.inf if slo_tpot is None else 1e-3 * slo_tpot,
+    )
     given = read_given(instance, False, profile, "planes" if profile else "speed")
     problem = in_seconds(given.problem, tokens_per_second)
     engine = Engine(
@@ -177,10 +187,6 @@ def simulate_command(
                            .problem, tokens_per_second)  # fmt: skip
         later = (other, {name: _plan(other, name, time_limit, seed) for name in names})
     changes = [_change(text, problem, time_limit, seed) for text in replan or ()]
-    slo = Slo(
-        ttft=np.inf if slo_ttft is None else 1e-3 * slo_ttft,
-        tpot=np.inf if slo_tpot is None else 1e-3 * slo_tpot,
-    )
 
     def stream(one: int) -> tuple[Requests, Profiles]:
         profiles = Profiles.of(problem.loads, count=PROFILES, spread=spread, seed=one)

@@ -94,6 +94,13 @@ class Slo:
     ttft: float = float("inf")
     tpot: float = float("inf")
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if not (value := getattr(self, field.name)) > 0:
+                raise ProblemError(
+                    f"A limit of service ({field.name}) must be above 0 s, got {value!r}."
+                )
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Service:
@@ -294,6 +301,12 @@ class Goodput:
     attained: float
 
 
+def check_attainment(attainment: float) -> None:
+    """Raise ProblemError unless it is a share of requests."""
+    if not 0 < attainment <= 1:
+        raise ProblemError(f"Attainment must be above 0 and at most 1, got {attainment!r}.")
+
+
 def _check_kinds(problem: object, requests: object, profiles: object, engine: object) -> None:
     check_problem(problem)
     parts = ((requests, Requests), (profiles, Profiles), (engine, Engine))
@@ -327,8 +340,7 @@ def goodput(
         If `attainment` is no share.
     """
     _check_kinds(problem, requests, profiles, engine)
-    if not 0 < attainment <= 1:
-        raise ProblemError(f"Attainment must be above 0 and at most 1, got {attainment!r}.")
+    check_attainment(attainment)
     span = float(requests.arrival[-1] - requests.arrival[0])
     own = requests.count / span if span > 0 else 1.0
 

@@ -125,6 +125,12 @@ def solve(
             f"Warm start, solver options and solver log are for {', '.join(EXACT)}, not for "
             f"{method}."
         )
+    for option, value in (solver_options or {}).items():
+        if not isinstance(value, bool | int | float | str):
+            raise ProblemError(
+                f"The solver's parameter {option} must be a number, true, false or a text, got "
+                f"{value!r}."
+            )
     if method in EXACT:
         from moeplace.exact.model import refuse_table
 

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from moeplace._files import PathLike, check_outputs, read_json, write_json
+from moeplace._files import PathLike, check_outputs, read_json, reading, write_json
 from moeplace.constraints import MaxMoves
 from moeplace.drift import Decision, Monitor
 from moeplace.errors import FormatError, MoeplaceError, ProblemError
@@ -115,9 +115,11 @@ class Watch:
     time_limit: float | None = None
 
     def __post_init__(self) -> None:
-        if not Path(self.folder).is_dir():
+        with reading(self.folder):
+            known = bool(os.fspath(self.folder)) and Path(self.folder).is_dir()
+        if not known:
             raise FormatError(
-                f"{self.folder}: is no folder. Name the folder that the recorder writes to."
+                f"{os.fspath(self.folder)!r}: is no folder. Name the one that a recorder writes to."
             )
         check_outputs([self.out, self.state, self.log])
         check_budgets(self.budgets)

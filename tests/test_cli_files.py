@@ -141,7 +141,37 @@ def test_export_refuses(run: Run, tmp_path: Path) -> None:
     refused(run("export", plan, "--out", out), "needs one of --format")
     refused(run("export", plan, "--format", "vllm"), "[Mm]issing option '--out'")
     refused(run("export", plan, "--format", "moeplace", "--out", plan), "overwrite an input")
+    own = ("export", plan, "--format", "moeplace", "--out", out)
+    refused(run(*own, "--names", "x"), "--names is for --solution")
+    refused(run(*own, "--start", "x"), "--start is for --model")
     assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_what_is_no_path_at_all_is_bad_input(run: Run, tmp_path: Path, name: str) -> None:
+    """Also for commands that look at it before they read it."""
+    plan, out = saved(tmp_path / "plan.json", PLAN), tmp_path / "out.json"
+    good = saved(tmp_path / "good.json", GOOD)
+    watch = ("watch", name, "--instance", good, "--plan", plan, "--out", out, "--once")
+    for command in (
+        ("loads", name),
+        ("loads", name, "--out", tmp_path / "x.npz"),
+        ("export", name, "--format", "moeplace", "--out", out),
+        ("report", name, "--out", out),
+        ("solve", name, "--out", out),
+        watch,
+    ):
+        if command is watch and "\0" in name:
+            refused(run(*command), "is no folder")
+        else:
+            refused(run(*command), "cannot be read .(file name too long|embedded null byte)")
+    refused(run("watch", "", *watch[2:]), "'': is no folder")
+    assert not out.exists()
+
+
+def test_a_plans_format_is_checked_where_no_plan_is_read(run: Run) -> None:
+    refused(run("solve", REAL, "--plan-format", "foo"), "Plan format 'foo' is unknown")
+    refused(run("solve", REAL, "--first-moe-layer", "-1"), "a whole number from 0, got -1")
 
 
 def test_export_drops_shares_only_if_told(run: Run, tmp_path: Path) -> None:

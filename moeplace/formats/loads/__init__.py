@@ -209,7 +209,9 @@ def detect(path: PathLike) -> str:
     FormatError
         If no format, or more than one, fits.
     """
-    if Path(path).is_dir():
+    with reading(path):
+        folder = Path(path).is_dir()
+    if folder:
         if (Path(path) / "meta_info.json").exists():
             return "tensorrt-llm"
         if is_observed(path):
