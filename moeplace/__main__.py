@@ -1,4 +1,4 @@
-"""`python -m moeplace` is `moeplace`."""
+"""``python -m moeplace``: the command line."""
 
 from moeplace.cli import main
 

@@ -334,7 +334,10 @@ def test_help_names_commands_and_exit_codes(run: Run) -> None:
 
 def test_version(run: Run) -> None:
     answer = run("--version")
-    assert (answer.code, answer.out) == (0, f"moeplace {importlib.metadata.version('moeplace')}\n")
+    said = f"moeplace {importlib.metadata.version('moeplace')}\n"
+    assert (answer.code, answer.out) == (0, said)
+    module = [sys.executable, "-m", "moeplace", "--version"]
+    assert subprocess.run(module, capture_output=True, text=True, cwd=ROOT).stdout == said
 
 
 # --- bad input: exit code 2 --------------------------------------------------------------------
