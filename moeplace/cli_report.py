@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from moeplace._files import check_output, write_text
-from moeplace.cli import (
+from moeplace.cli_answers import read_given, read_of_instance, write, write_json
+from moeplace.cli_options import (
     AsJson,
     FirstMoeLayer,
     Instance,
@@ -18,10 +19,6 @@ from moeplace.cli import (
     SumWindows,
     Workers,
     example,
-    read_given,
-    read_of_instance,
-    write,
-    write_json,
 )
 from moeplace.compare import percent, printable
 from moeplace.errors import ProblemError

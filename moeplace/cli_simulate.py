@@ -10,31 +10,25 @@ import numpy as np
 import typer
 
 from moeplace._files import check_output, write_text
-from moeplace.cli import (
-    AsJson,
-    Dask,
-    Instance,
-    Seed,
-    Workers,
-    example,
-    read_given,
-    write,
-    write_json,
-)
+from moeplace.cli_answers import read_given, write, write_json
+from moeplace.cli_options import AsJson, Dask, Instance, Quiet, Seed, Workers, example
 from moeplace.compare import aligned, printable
 from moeplace.errors import ProblemError
 from moeplace.formats import read_plan
 from moeplace.hardware import Cluster
+from moeplace.instances import shipped
 from moeplace.plan import Plan
 from moeplace.policies import POLICIES
 from moeplace.problem import Problem
 from moeplace.requests import PROFILES, SPREAD, Profiles, Requests, read_requests
+from moeplace.result import Limits
 from moeplace.simulate import (
     Change,
     Engine,
     Interval,
     Service,
     Slo,
+    check_attainment,
     disaggregated,
     goodput,
     rehearse,
@@ -42,6 +36,7 @@ from moeplace.simulate import (
 )
 from moeplace.solve import solve
 from moeplace.sweep import on_dask, sweep
+from moeplace.tables import table
 
 PHASES = ("prefill", "decode", "mixed", "disaggregated")
 
@@ -167,6 +162,14 @@ def simulate_command(
         )
     if not 1 <= seeds <= 1000:
         raise ProblemError(f"--seeds must be from 1 to 1000, got {seeds}.")
+    check_attainment(attainment)
+    Limits(time=time_limit)
+    if workers < 1:
+        raise ProblemError(f"--workers must be a whole number from 1, got {workers}.")
+    slo = Slo(
+        ttft=np.inf if slo_ttft is None else 1e-3 * slo_ttft,
+        tpot=np.inf if slo_tpot is None else 1e-3 * slo_tpot,
+    )
     given = read_given(instance, False, profile, "planes" if profile else "speed")
     problem = in_seconds(given.problem, tokens_per_second)
     engine = Engine(
@@ -184,10 +187,6 @@ def simulate_command(
                            .problem, tokens_per_second)  # fmt: skip
         later = (other, {name: _plan(other, name, time_limit, seed) for name in names})
     changes = [_change(text, problem, time_limit, seed) for text in replan or ()]
-    slo = Slo(
-        ttft=np.inf if slo_ttft is None else 1e-3 * slo_ttft,
-        tpot=np.inf if slo_tpot is None else 1e-3 * slo_tpot,
-    )
 
     def stream(one: int) -> tuple[Requests, Profiles]:
         profiles = Profiles.of(problem.loads, count=PROFILES, spread=spread, seed=one)
@@ -344,14 +343,8 @@ def _table(found: dict[str, list[dict[str, float]]]) -> list[str]:
         if len(names) > 1 and all(key in ratios[name] for name in names[1:]):
             cells = ["1", *(_ratio(ratios[name][key]) for name in names[1:])]
             rows.append([f"{key}, ratio", *cells])
-    width = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(width[0]), *(c.rjust(w) for c, w in zip(row[1:], width[1:],
-                  strict=True))]).rstrip()
-        for row in rows
-    ]  # fmt: skip
     few = "one seed: no intervals" if len(found[names[0]]) < 2 else "+-: 95 % over seeds"
-    return [*lines, f"{few}; ratios to {printable(names[0])}, paired by seed"]
+    return [*table(rows), f"{few}; ratios to {printable(names[0])}, paired by seed"]
 
 
 def _cell(key: str, value: Interval) -> str:
@@ -384,6 +377,7 @@ def reproduce(
     workers: Workers = 1,
     dask: Dask = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Repeat a paper's experiments in form, its numbers beside ours."""
     from moeplace.reproduce import reproduce as repeat
@@ -393,16 +387,16 @@ def reproduce(
     with on_dask(dask):
         report = repeat(
             what,
-            instances,
+            shipped(instances),
             quick=quick,
             workers=workers,
-            tell=lambda line: sys.stderr.write(line + "\n"),
+            tell=lambda line: None if quiet else write(line + "\n", sys.stderr),
         )
     if out is not None:
         write_text(out, report.markdown())
     if as_json:
         write_json(report.to_json())
-    else:
+    elif not quiet:
         write(report.markdown())
 
 

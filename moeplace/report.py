@@ -443,11 +443,7 @@ def _search(page: Page, found: Study) -> Section:
         f"with the layers and windows that they decide: {sources}."
     )
     if len(found.progress) < 2:
-        body = ""
-        if found.problem.windows > 1:
-            words = "A search over several windows sums them first, so its steps are not shown."
-            body = f'<p class="note">{words}</p>'
-        return Section(anchor="search", title=title, answer=_escaped(answer), body=body)
+        return Section(anchor="search", title=title, answer=_escaped(answer), body="")
     every = max(1, len(found.progress) // 40)
     body = page.plot(
         "search",

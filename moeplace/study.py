@@ -193,7 +193,7 @@ def study(
 
 
 def _seen(progress: list[Progress], price: float) -> list[Progress]:
-    """What is on the scale of the result: with several windows a search sums them first."""
+    """The search's steps, unless some were plans that break a rule and cost less."""
     if any(each.objective < price * (1 - 1e-12) for each in progress):
         return []
     return progress

@@ -131,6 +131,8 @@ def test_command(run: Run, tmp_path: Path) -> None:
         ("bench", "--out", out, "--sets", "huge"),
         ("bench", "--out", out, "--methods", "none"),
         ("bench", "real", "--check"),
+        ("bench", "--out", out, "--sets", "tiny", "--only", "small/"),
+        ("bench", "--out", out, "--sets", "tiny", "--dask", "tcp://127.0.0.1:1"),
     ):
         answer = run(*wrong)
         assert answer.code == 2, wrong

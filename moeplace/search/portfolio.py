@@ -45,7 +45,6 @@ from moeplace.search.split import at_best_shares, layer_makespan, resplit
 from moeplace.search.state import BARRED, HELD, PINNED, State, to_slots
 from moeplace.search.window import window
 from moeplace.search.windows import Windows
-from moeplace.topology import off_node_excess
 
 #: What is tried besides our own search, on layers where that leaves a gap.
 RIVALS = ("contiguous", "eplb", "vibe", "eplb_lpt")
@@ -146,9 +145,9 @@ class Run:
         """
         capacity = self.problem.capacity * (1 + CAPACITY_SLACK)
         over = np.asarray(np.maximum(priced.rank_tokens - capacity, 0.0).sum(axis=(0, 2)))
-        if self.problem.max_off_node is None:
+        excess = priced.off_node_excess
+        if excess is None:
             return over
-        excess = off_node_excess(self.problem, priced.plan, self.problem.max_off_node)
         return np.asarray(over + (excess * self.problem.tokens.sum(axis=2)).sum(axis=0))
 
     @property
@@ -218,9 +217,8 @@ class Run:
         """Whether a plan breaks no rule but token capacities and `MaxOffNode`."""
         over = priced.rank_tokens > self.problem.capacity * (1 + CAPACITY_SLACK)
         known = np.count_nonzero(over)
-        if len(priced.violations) > known and self.problem.max_off_node is not None:
-            excess = off_node_excess(self.problem, priced.plan, self.problem.max_off_node)
-            known += np.count_nonzero(excess)
+        if priced.off_node_excess is not None:
+            known += np.count_nonzero(priced.off_node_excess)
         return len(priced.violations) == known
 
     def _keep(self, candidates: list[Evaluation]) -> None:
@@ -232,19 +230,39 @@ class Run:
         self.nearest = min(near, key=lambda priced: (self.over(priced) > 0).sum())
 
     def report(self, state: State) -> None:
-        """Tell the callback where the search stands, at most ten times a second."""
-        now = time.perf_counter()
-        if self.progress is None or now - self.reported < 0.1:
+        """Tell the callback of the best plan and the bound, at most ten times a second.
+
+        Where the state's makespans are not the price (several windows, shares, an engine's rule,
+        latency models) its plan is priced, twice a second; shares are dear, so there the best plan
+        that was kept is told.
+        """
+        problem, now = self.problem, time.perf_counter()
+        apart = problem.windows > 1 or problem.routing != "even" or problem.cluster.nonlinear
+        if self.progress is None or now - self.reported < (0.5 if apart else 0.1):
             return
         self.reported = now
         makespan, bound = state.makespan * state.unit, self.targets
+        price = float((makespan * problem.layer_weight).sum())
+        least = float((bound * problem.layer_weight).sum())
+        done = makespan <= bound * (1 + self.limits.gap)
+        if apart:
+            least, found = self.bound.total, self.kept
+            if problem.routing != "weighted" or found is None:
+                tried = state.plan(problem)
+                new = at_best_shares(problem, tried) if found is None else evaluate(problem, tried)
+                if found is None or (new.legal and new.objective < found.objective):
+                    found = new
+            price, floor = found.objective, layer_floor(problem, self.bound)
+            done = problem.mean(found.makespan) <= floor * (1 + self.limits.gap)
+        elif self.best is not None:
+            price = min(price, self.best.objective)
         self.progress(
             Progress(
                 seconds=self.seconds,
-                objective=float((makespan * self.problem.layer_weight).sum()),
-                lower_bound=float((bound * self.problem.layer_weight).sum()),
-                layers_done=int((makespan <= bound * (1 + self.limits.gap)).sum()),
-                layers=self.problem.layers,
+                objective=price,
+                lower_bound=min(least, price),
+                layers_done=int(done.sum()),
+                layers=problem.layers,
             )
         )
 
@@ -798,6 +816,7 @@ def all_windows(
         heat = np.tile(hottest * cooling, (layers.size, 1))
         for mine in _chunks(np.full(layers.size, trials * (10 + effort))):
             every.improve(layers[mine], trials, heat[mine], weight, pool, run.workers)
+            run.report(state)
             if run.late(share):
                 break
         run.work += trials * layers.size * effort
