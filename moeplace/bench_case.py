@@ -24,6 +24,8 @@ from moeplace.result import Result
 from moeplace.solve import solve
 from moeplace.sweep import sweep
 
+#: Seeds that parameters were tuned on: no table may use one.
+TUNING_SEEDS = range(5)
 REPORT_SEEDS = (100, 101, 102, 103, 104)
 #: Small enough that no case stops before its time is up.
 NEVER = 1e-7

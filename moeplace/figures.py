@@ -93,7 +93,7 @@ def rank_times(
             "layer" if number == 0 else "", autorange="reversed", anchor=f"x{place}"
         )
         figure.add_annotation(
-            text=_text(name), x=left, y=1.0, xref="paper", yref="paper", xanchor="left",
+            text=shown(name), x=left, y=1.0, xref="paper", yref="paper", xanchor="left",
             yanchor="bottom", showarrow=False,
         )  # fmt: skip
     figure.update_layout(
@@ -131,7 +131,7 @@ def layer_bounds(
         x=layers, y=bound, marker_color="rgba(128,128,128,0.35)", name="bound",
         hovertemplate=f"layer %{{x}}: no plan is below %{{y:.6g}} {unit}<extra>bound</extra>",
     )  # fmt: skip
-    for (name, cost), style in zip(makespans.items(), _styles(len(makespans)), strict=True):
+    for (name, cost), style in zip(makespans.items(), styles(len(makespans)), strict=True):
         colour, dash, marker = style
         line = {"color": colour, "dash": dash, "width": 2, "shape": "hvh"}
         figure.add_scatter(
@@ -143,10 +143,10 @@ def layer_bounds(
             marker={"color": colour, "symbol": marker, "size": 6}, name=name,
             hovertemplate="layer %{x}: gap %{y:.2e}<extra>%{fullData.name}</extra>",
         )  # fmt: skip
-    _name_ends(
+    name_ends(
         figure,
         [(name, float(np.log10(max(over(cost, bound)[-1], LEAST_GAP))), style[0])
-         for (name, cost), style in zip(makespans.items(), _styles(len(makespans)), strict=True)],
+         for (name, cost), style in zip(makespans.items(), styles(len(makespans)), strict=True)],
         axis="y2", floor=0.28,
     )  # fmt: skip
     figure.update_layout(
@@ -194,7 +194,7 @@ def load_curve(tokens: FloatArray) -> "Figure":
                 "<extra>%{fullData.name}</extra>",
             )  # fmt: skip
             named.append((name, float(curve[curve.size // 2]), colour))
-    _name_ends(figure, named, floor=0.07, at=0.5, left=True)
+    name_ends(figure, named, floor=0.07, at=0.5, left=True)
     figure.update_layout(
         xaxis=axis("share of experts, busiest first", tickformat=".0%", range=[0, 1]),
         yaxis=axis("share of tokens", tickformat=".0%", range=[0, 1.02]),
@@ -229,7 +229,7 @@ def replicas(plans: Mapping[str, IntArray], tokens: FloatArray) -> "Figure":
     order = np.argsort(-tokens, axis=1, kind="stable")
     place = np.arange(1, tokens.shape[1] + 1)
     ends = []
-    for (name, count), (colour, dash, _) in zip(plans.items(), _styles(len(plans)), strict=True):
+    for (name, count), (colour, dash, _) in zip(plans.items(), styles(len(plans)), strict=True):
         mean = np.take_along_axis(count, order, axis=1).mean(axis=0)
         figure.add_scatter(
             x=place, y=mean, mode="lines", name=name,
@@ -237,7 +237,7 @@ def replicas(plans: Mapping[str, IntArray], tokens: FloatArray) -> "Figure":
             hovertemplate="expert %{x} by load: %{y:.2f} replicas<extra>%{fullData.name}</extra>",
         )  # fmt: skip
         ends.append((name, float(np.log10(max(mean[0], 1e-3))), colour))
-    _name_ends(figure, ends, floor=0.07, at=0.0, left=True, log_x=True)
+    name_ends(figure, ends, floor=0.07, at=0.0, left=True, log_x=True)
     figure.update_layout(
         xaxis=axis(
             "experts of a layer, busiest first (log)",
@@ -254,7 +254,7 @@ def moves(received: Mapping[str, IntArray]) -> "Figure":
     figure = plotly().Figure()
     ends = []
     for (name, count), (colour, dash, _) in zip(
-        received.items(), _styles(len(received) + 1)[1:], strict=True
+        received.items(), styles(len(received) + 1)[1:], strict=True
     ):
         figure.add_scatter(
             x=np.arange(count.size), y=count, mode="lines", name=name,
@@ -263,7 +263,7 @@ def moves(received: Mapping[str, IntArray]) -> "Figure":
         )  # fmt: skip
         ends.append((name, float(count[-1]), colour))
     most = max((float(count.max()) for count in received.values()), default=1.0)
-    _name_ends(figure, ends, floor=0.08 * max(most, 1.0))
+    name_ends(figure, ends, floor=0.08 * max(most, 1.0))
     figure.update_layout(xaxis=axis("layer"), yaxis=axis("copies received", rangemode="tozero"))
     return dressed(figure, height=300, right=130)
 
@@ -296,7 +296,7 @@ def pareto(points: Sequence[Point], *, unit: str = "s", moved: str = "bytes") ->
         )  # fmt: skip
     price = [point.objective for point in points]
     height = max(max(price) - min(point.lower_bound for point in points), 1e-12)
-    _name_ends(
+    name_ends(
         figure,
         [("best plan found", price[0], BLUE), ("proven bound", points[0].lower_bound, INK)],
         floor=0.08 * height, at=x[0], left=True,
@@ -326,7 +326,7 @@ def convergence(progress: Sequence[Progress], *, unit: str = "s") -> "Figure":
         hovertemplate="%{x:.3g} s: gap %{y:.2e}<extra></extra>",
     )  # fmt: skip
     height = max(max(prices) - min(bounds), 1e-12)
-    _name_ends(
+    name_ends(
         figure, [("best plan", prices[0], BLUE), ("bound", bounds[0], INK)],
         floor=0.25 * height, at=x[0], left=True,
     )  # fmt: skip
@@ -344,7 +344,7 @@ def changes(answers: Sequence[Answer]) -> "Figure":
     told = [each for each in answers if each.change is not None]
     asked = Counter(each.question for each in told)
     names = [
-        _text(
+        shown(
             each.question
             if asked[each.question] == 1
             else f"{each.question}, {each.note.split(';')[0]}"
@@ -367,62 +367,14 @@ def changes(answers: Sequence[Answer]) -> "Figure":
     return dressed(figure, height=90 + 26 * max(len(told), 1))
 
 
-def profile(shares: Mapping[str, FloatArray], factors: FloatArray) -> "Figure":
-    """Performance profile: share of instances solved within a factor of the fastest method.
-
-    Parameters
-    ----------
-    shares : mapping of method to array [points]
-    factors : array [points]
-        From 1, as of `moeplace.bench_stats.performance_profile`.
-    """
-    return _steps(shares, factors, "factor of the fastest time (log)", "%{x:.3g} times")
-
-
-def gap_curve(gaps: Mapping[str, FloatArray]) -> "Figure":
-    """Share of instances within a gap, in a log scale; runs without a plan have an infinite one.
-
-    Parameters
-    ----------
-    gaps : mapping of method to array [instances]
-    """
-    known = [gap[np.isfinite(gap)] for gap in gaps.values()]
-    at = np.unique(np.maximum(np.concatenate([*known, [LEAST_GAP]]), LEAST_GAP))
-    shares = {
-        name: np.searchsorted(np.sort(np.maximum(gap, LEAST_GAP)), at, side="right") / gap.size
-        for name, gap in gaps.items()
-    }
-    return _steps(shares, at, "gap to the proven bound (log)", "gap %{x:.2e}")
-
-
-def _steps(shares: Mapping[str, FloatArray], at: FloatArray, title: str, what: str) -> "Figure":
-    """Shares of instances as steps over a log scale, each named where it ends."""
-    figure = plotly().Figure()
-    styles = _styles(len(shares))
-    for (name, share), (colour, dash, _) in zip(shares.items(), styles, strict=True):
-        figure.add_scatter(
-            x=at, y=share, mode="lines", name=name,
-            line={"color": colour, "dash": dash, "shape": "hv"},
-            hovertemplate=f"{what}: %{{y:.0%}} of instances<extra>%{{fullData.name}}</extra>",
-        )  # fmt: skip
-    ends = [(name, float(share[-1]), style[0])
-            for (name, share), style in zip(shares.items(), styles, strict=True)]  # fmt: skip
-    _name_ends(figure, ends, floor=0.08)
-    figure.update_layout(
-        xaxis=axis(title, type="log", exponentformat="power"),
-        yaxis=axis("share of instances", tickformat=".0%", range=[0, 1.05]),
-    )
-    return dressed(figure, height=380, right=130)
-
-
-def _styles(count: int) -> list[tuple[str, str, str]]:
+def styles(count: int) -> list[tuple[str, str, str]]:
     """Styles of so many plans: the last one is always ours, in blue."""
     if count > len(STYLES):
         return [STYLES[i % (len(STYLES) - 1)] for i in range(count - 1)] + [STYLES[-1]]
     return [*STYLES[: count - 1], STYLES[-1]] if count else []
 
 
-def _name_ends(
+def name_ends(
     figure: Any,
     ends: Sequence[tuple[str, float, str]],
     *,
@@ -439,7 +391,7 @@ def _name_ends(
         lowest = y
         right = {"x": 1.0, "xref": "paper"} if at is None else {"x": at, "xref": "x"}
         figure.add_annotation(
-            text=_text(name), y=y, yref=axis, xanchor="left", showarrow=False, align="left",
+            text=shown(name), y=y, yref=axis, xanchor="left", showarrow=False, align="left",
             xshift=6 if not left else 8, yshift=0 if not left else 8,
             font={"color": INK}, bgcolor="rgba(255,255,255,0.85)", bordercolor=colour,
             borderwidth=1, borderpad=2, **right,
@@ -460,7 +412,7 @@ def axis(title: str, **more: Any) -> dict[str, Any]:
     } | more
 
 
-def _text(name: str) -> str:
+def shown(name: str) -> str:
     """A name as plotly's text: it reads a little HTML."""
     return name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 

@@ -62,7 +62,7 @@ class Page:
         self.store(name, figure)
         drawing = self.drawing(name, alt, layers, int(figure.layout.height))
         return (
-            f"<figure>{drawing}<figcaption>{_escaped(caption)}</figcaption></figure>{folded(table)}"
+            f"<figure>{drawing}<figcaption>{escaped(caption)}</figcaption></figure>{folded(table)}"
         )
 
     @staticmethod
@@ -70,17 +70,17 @@ class Page:
         """The place where a stored figure is drawn."""
         return (
             f'<div class="plot" id="plot-{name}" data-figure="{name}" data-layers="{layers}" '
-            f'role="img" aria-label="{_escaped(alt)}" style="height:{height}px"></div>'
+            f'role="img" aria-label="{escaped(alt)}" style="height:{height}px"></div>'
         )
 
     def html(self, head: str, tools: str) -> str:
         """The whole page."""
         from plotly.offline import get_plotlyjs
 
-        links = "".join(f'<li><a href="#{s.anchor}">{_escaped(s.title)}</a></li>'
+        links = "".join(f'<li><a href="#{s.anchor}">{escaped(s.title)}</a></li>'
                         for s in self.sections)  # fmt: skip
         body = "".join(
-            f'<section aria-labelledby="{s.anchor}"><h2 id="{s.anchor}">{_escaped(s.title)}</h2>'
+            f'<section aria-labelledby="{s.anchor}"><h2 id="{s.anchor}">{escaped(s.title)}</h2>'
             f'<p class="answer">{s.answer}</p>{s.body}</section>'
             for s in self.sections
         )
@@ -90,9 +90,9 @@ class Page:
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             '<link rel="icon" href="data:,">'
-            f"<title>{_escaped(self.title)}</title><style>{_asset('report.css')}</style></head>\n"
+            f"<title>{escaped(self.title)}</title><style>{_asset('report.css')}</style></head>\n"
             '<body><a class="skip" href="#main">Skip to the answers</a>'
-            f"<header><h1>{_escaped(self.title)}</h1>{head}"
+            f"<header><h1>{escaped(self.title)}</h1>{head}"
             f'<nav aria-label="Questions"><ol>{links}</ol></nav></header>\n'
             "<noscript><p>Figures need JavaScript; every table below does not.</p></noscript>"
             f'<main id="main">{tools}{body}</main>\n{data}'
@@ -120,7 +120,7 @@ def report(found: Study) -> str:
     made = datetime.now(UTC).isoformat(timespec="seconds")
     facts.append(("made", f"{made} by moeplace {__version__}"))
     head = table(Table(caption="What was planned for", heads=("", ""), rows=facts), words=True)
-    head += "".join(f'<p class="note">{_escaped(note)}</p>' for note in found.notes)
+    head += "".join(f'<p class="note">{escaped(note)}</p>' for note in found.notes)
     return page.html(head, layer_filter(found.problem.layers))
 
 
@@ -182,7 +182,7 @@ def _unequal(page: Page, found: Study) -> Section:
         ranks,
     )
     return Section(anchor="unequal", title="How unequal are loads and GPUs?",
-                   answer=_escaped(answer), body=body)  # fmt: skip
+                   answer=escaped(answer), body=body)  # fmt: skip
 
 
 def _costs(page: Page, found: Study) -> Section:
@@ -235,7 +235,7 @@ def _costs(page: Page, found: Study) -> Section:
         layers="xaxis",
     )
     return Section(anchor="costs", title="What does each plan cost against its bound?",
-                   answer=_escaped(answer), body=body)  # fmt: skip
+                   answer=escaped(answer), body=body)  # fmt: skip
 
 
 def _slowest(page: Page, found: Study) -> Section:
@@ -259,17 +259,17 @@ def _slowest(page: Page, found: Study) -> Section:
     if problem.windows > 1:
         caption += f"Means over {problem.windows:,} windows."
     body = (
-        f'<figure><div class="pair">{panels}</div><figcaption>{_escaped(caption)}</figcaption>'
+        f'<figure><div class="pair">{panels}</div><figcaption>{escaped(caption)}</figcaption>'
         f"</figure>{''.join(map(folded, tables))}"
     )
     return Section(anchor="slowest", title="Which rank is slowest in each layer, and by how much?",
-                   answer=_escaped(answer), body=body)  # fmt: skip
+                   answer=escaped(answer), body=body)  # fmt: skip
 
 
 def _panel(page: Page, names: Sequence[str], side: int, number: int) -> str:
     """One heat map and the choice of its plan."""
     options = "".join(
-        f'<option value="ranks{i}"{" selected" * (i == number)}>{_escaped(name)}</option>'
+        f'<option value="ranks{i}"{" selected" * (i == number)}>{escaped(name)}</option>'
         for i, name in enumerate(names)
     )
     drawing = page.drawing(
@@ -348,7 +348,7 @@ def _moved(page: Page, found: Study) -> Section:
         ),
     )  # fmt: skip
     if received:
-        body += f"<h3>Copies received, from {_escaped(first)}</h3>" + page.plot(
+        body += f"<h3>Copies received, from {escaped(first)}</h3>" + page.plot(
             "moves",
             figures.moves(received),
             f"Copies that ranks must receive by layer. {answer}",
@@ -389,7 +389,7 @@ def _moved(page: Page, found: Study) -> Section:
                 rows=rows,
             ),
         )  # fmt: skip
-    return Section(anchor="moved", title="What moves?", answer=_escaped(answer), body=body)
+    return Section(anchor="moved", title="What moves?", answer=escaped(answer), body=body)
 
 
 def _changes(page: Page, found: Study) -> Section:
@@ -430,7 +430,7 @@ def _changes(page: Page, found: Study) -> Section:
             ),
         )
     return Section(anchor="changes", title="What would one more slot, or less drift, buy?",
-                   answer=_escaped(" ".join(parts)), body=body)  # fmt: skip
+                   answer=escaped(" ".join(parts)), body=body)  # fmt: skip
 
 
 def _search(page: Page, found: Study) -> Section:
@@ -447,7 +447,7 @@ def _search(page: Page, found: Study) -> Section:
         if found.problem.windows > 1:
             words = "A search over several windows sums them first, so its steps are not shown."
             body = f'<p class="note">{words}</p>'
-        return Section(anchor="search", title=title, answer=_escaped(answer), body=body)
+        return Section(anchor="search", title=title, answer=escaped(answer), body=body)
     every = max(1, len(found.progress) // 40)
     body = page.plot(
         "search",
@@ -464,22 +464,22 @@ def _search(page: Page, found: Study) -> Section:
         ),
     )
     return Section(anchor="search", title=title,
-                   answer=_escaped(answer), body=body)  # fmt: skip
+                   answer=escaped(answer), body=body)  # fmt: skip
 
 
 def table(given: Table, *, words: bool = False) -> str:
     """A table in a box that scrolls, reachable by keyboard."""
-    heads = "".join(f'<th scope="col">{_escaped(head)}</th>' for head in given.heads)
+    heads = "".join(f'<th scope="col">{escaped(head)}</th>' for head in given.heads)
     top = f"<thead><tr>{heads}</tr></thead>" if any(given.heads) else ""
     rows = []
     for row in given.rows:
         mark = f' data-layer="{row[0]}"' if given.layers else ""
         first, *rest = row
-        cells = f'<th scope="row">{_escaped(first)}</th>'
+        cells = f'<th scope="row">{escaped(first)}</th>'
         kind = ' class="words"' if words else ""
-        cells += "".join(f"<td{kind}>{_escaped(text)}</td>" for text in rest)
+        cells += "".join(f"<td{kind}>{escaped(text)}</td>" for text in rest)
         rows.append(f"<tr{mark}>{cells}</tr>")
-    label = _escaped(given.caption)
+    label = escaped(given.caption)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">'
         f"<table><caption>{label}</caption>{top}<tbody>{''.join(rows)}</tbody></table></div>"
@@ -489,7 +489,7 @@ def table(given: Table, *, words: bool = False) -> str:
 def folded(given: Table) -> str:
     """A table that opens at a click or key."""
     return (
-        f"<details><summary>{_escaped(given.caption)}, as a table</summary>{table(given)}</details>"
+        f"<details><summary>{escaped(given.caption)}, as a table</summary>{table(given)}</details>"
     )
 
 
@@ -501,7 +501,8 @@ def _signed(value: float | None) -> str:
     return "" if value is None else f"{value:+.3%}"
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """Text as HTML."""
     return html.escape(printable(text))
 
 

@@ -130,11 +130,11 @@ def test_moves_and_convergence() -> None:
 
 def test_our_plan_always_has_one_style() -> None:
     for count in (1, 2, 6, 9):
-        styles = figures._styles(count)
+        styles = figures.styles(count)
         assert len(styles) == count
         assert styles[-1] == figures.STYLES[-1]
         assert styles[-1] not in styles[:-1]
-    assert figures._styles(0) == []
+    assert figures.styles(0) == []
 
 
 # --------------------------------------------------------------------------------- study
