@@ -186,7 +186,7 @@ def not_run(settings: Mapping[str, Any]) -> str:
     said += [
         (
             f"Limits other than {limit} and seeds of searches other than {seeds}; of generated "
-            f"instances, seeds other than {TABLE_SEEDS.start} to {TABLE_SEEDS.stop - 1}."
+            f"instances, seeds other than {TABLE_SEEDS[0]} to {TABLE_SEEDS[-1]}."
         ),
         (
             "No engine's own code (policies are reimplementations, tested against the originals), "

@@ -7,6 +7,7 @@ inks a middle grey, readable on light and dark pages. Needs `pip install 'moepla
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +34,8 @@ STYLES = (
     (GREEN, "longdash", "triangle-up"),
     (BLUE, "solid", "triangle-down"),
 )
+#: Gaps on axes, as per cent: 0.002%.
+GAPS = "~%"
 INK, GRID = "#767676", "rgba(128,128,128,0.25)"
 #: Gaps below this are drawn there: a log scale has no zero.
 LEAST_GAP = 1e-7
@@ -152,7 +155,7 @@ def layer_bounds(
     figure.update_layout(
         xaxis=axis("layer", anchor="y2"),
         yaxis=axis(f"time ({unit})", domain=[0.55, 1.0], rangemode="tozero"),
-        yaxis2=axis("gap (log)", domain=[0.0, 0.45], type="log", exponentformat="power"),
+        yaxis2=axis("gap (log)", domain=[0.0, 0.45], type="log", tickformat=GAPS),
     )
     return dressed(figure, height=480, right=130)
 
@@ -263,7 +266,7 @@ def moves(received: Mapping[str, IntArray]) -> "Figure":
         )  # fmt: skip
         ends.append((name, float(count[-1]), colour))
     most = max((float(count.max()) for count in received.values()), default=1.0)
-    name_ends(figure, ends, floor=0.08 * max(most, 1.0))
+    name_ends(figure, ends, floor=0.13 * max(most, 1.0))
     figure.update_layout(xaxis=axis("layer"), yaxis=axis("copies received", rangemode="tozero"))
     return dressed(figure, height=300, right=130)
 
@@ -299,7 +302,7 @@ def pareto(points: Sequence[Point], *, unit: str = "s", moved: str = "bytes") ->
     name_ends(
         figure,
         [("best plan found", price[0], BLUE), ("proven bound", points[0].lower_bound, INK)],
-        floor=0.08 * height, at=x[0], left=True,
+        floor=0.11 * height, at=x[0], left=True,
     )  # fmt: skip
     figure.update_layout(
         xaxis=axis(f"moved ({what})"), yaxis=axis(f"step time ({unit})", tickformat=".4~s")
@@ -333,7 +336,7 @@ def convergence(progress: Sequence[Progress], *, unit: str = "s") -> "Figure":
     figure.update_layout(
         xaxis=axis("seconds", anchor="y2"),
         yaxis=axis(f"step time ({unit})", domain=[0.58, 1.0], tickformat=".4~s"),
-        yaxis2=axis("gap (log)", domain=[0.0, 0.42], type="log", exponentformat="power"),
+        yaxis2=axis("gap (log)", domain=[0.0, 0.42], type="log", tickformat=GAPS),
     )
     return dressed(figure, height=400)
 
@@ -344,10 +347,14 @@ def changes(answers: Sequence[Answer]) -> "Figure":
     told = [each for each in answers if each.change is not None]
     asked = Counter(each.question for each in told)
     names = [
-        shown(
-            each.question
-            if asked[each.question] == 1
-            else f"{each.question}, {each.note.split(';')[0]}"
+        "<br>".join(
+            shown(line)
+            for line in wrap(
+                each.question
+                if asked[each.question] == 1
+                else f"{each.question}, {each.note.split(';')[0]}",
+                24,
+            )
         )
         for each in told
     ]
@@ -361,10 +368,10 @@ def changes(answers: Sequence[Answer]) -> "Figure":
         hovertemplate="%{y}: %{x:+.3%} at best, proven<extra></extra>",
     )  # fmt: skip
     figure.update_layout(
-        xaxis=axis("change of the step time; bar: plan found, stroke: at best", tickformat="+.1%"),
+        xaxis=axis("change of the step time", tickformat="+~%"),
         yaxis={**axis(""), "autorange": "reversed", "automargin": True},
     )
-    return dressed(figure, height=90 + 26 * max(len(told), 1))
+    return dressed(figure, height=90 + 36 * max(len(told), 1))
 
 
 def styles(count: int) -> list[tuple[str, str, str]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moeplace._check import FloatArray
-from moeplace.figures import LEAST_GAP, axis, dressed, name_ends, plotly, styles
+from moeplace.figures import GAPS, LEAST_GAP, axis, dressed, name_ends, plotly, styles
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -23,9 +23,12 @@ def profile(shares: Mapping[str, FloatArray], factors: FloatArray) -> "Figure":
     ----------
     shares : mapping of method to array [points]
     factors : array [points]
-        From 1, as of `moeplace.bench_stats.performance_profile`.
+        From 1, as of `moeplace.bench_stats.performance_profile`. Lines go on to the right of the
+        last one, where nothing changes.
     """
-    return _steps(shares, factors, "factor of the fastest time (log)", "%{x:.3g} times")
+    at = np.append(factors, max(10.0, 1.3 * factors[-1]))
+    longer = {name: np.append(share, share[-1]) for name, share in shares.items()}
+    return _steps(longer, at, "factor of the fastest time (log)", "%{x:.3g} times", "~g")
 
 
 def gap_curve(gaps: Mapping[str, FloatArray]) -> "Figure":
@@ -41,7 +44,7 @@ def gap_curve(gaps: Mapping[str, FloatArray]) -> "Figure":
         name: np.searchsorted(np.sort(np.maximum(gap, LEAST_GAP)), at, side="right") / gap.size
         for name, gap in gaps.items()
     }
-    return _steps(shares, at, "gap to the proven bound (log)", "gap %{x:.2e}")
+    return _steps(shares, at, "gap to the proven bound (log)", "gap %{x:.2e}", GAPS)
 
 
 def gap_over_time(seconds: FloatArray, gaps: Mapping[str, FloatArray]) -> "Figure":
@@ -76,8 +79,8 @@ def gap_over_time(seconds: FloatArray, gaps: Mapping[str, FloatArray]) -> "Figur
             ends.append((name, float(np.log10(middle[there][-1])), colour))
     name_ends(figure, ends, floor=0.35)
     figure.update_layout(
-        xaxis=axis("seconds (log)", type="log", exponentformat="SI"),
-        yaxis=axis("gap to the proven bound (log)", type="log", exponentformat="power"),
+        xaxis=axis("seconds (log)", type="log", dtick=1, tickformat="~g"),
+        yaxis=axis("gap to the proven bound (log)", type="log", dtick=1, tickformat=GAPS),
     )
     return dressed(figure, height=380, right=130)
 
@@ -103,13 +106,15 @@ def ratio_by_method(ratios: Mapping[str, FloatArray], instances: Sequence[str]) 
             hovertemplate="%{text}: ratio 1 + %{x:.3g}<extra>%{fullData.name}</extra>",
         )  # fmt: skip
     figure.update_layout(
-        xaxis=axis("imbalance ratio less 1 (log)", type="log", exponentformat="power"),
+        xaxis=axis("imbalance ratio less 1 (log)", type="log", dtick=1, exponentformat="power"),
         yaxis={**axis(""), "autorange": "reversed", "automargin": True},
     )
     return dressed(figure, height=110 + 56 * len(ratios))
 
 
-def _steps(shares: Mapping[str, FloatArray], at: FloatArray, title: str, what: str) -> "Figure":
+def _steps(
+    shares: Mapping[str, FloatArray], at: FloatArray, title: str, what: str, ticks: str
+) -> "Figure":
     """Shares of instances as steps over a log scale, each named where it ends."""
     figure = plotly().Figure()
     signs = styles(len(shares))
@@ -123,7 +128,7 @@ def _steps(shares: Mapping[str, FloatArray], at: FloatArray, title: str, what: s
             for (name, share), style in zip(shares.items(), signs, strict=True)]  # fmt: skip
     name_ends(figure, ends, floor=0.08)
     figure.update_layout(
-        xaxis=axis(title, type="log", exponentformat="power"),
+        xaxis=axis(title, type="log", dtick=1, tickformat=ticks),
         yaxis=axis("share of instances", tickformat=".0%", range=[0, 1.05]),
     )
     return dressed(figure, height=380, right=130)

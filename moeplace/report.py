@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from moeplace import __version__, figures
-from moeplace.compare import amount, described, exact, percent, printable
+from moeplace.compare import amount, described, percent, printable
 from moeplace.evaluate import Evaluation
 from moeplace.study import OURS, Study, layer_cost, rank_cost
 
@@ -200,9 +200,9 @@ def _costs(page: Page, found: Study) -> Section:
     saved = 1 - ours.objective / found.first.objective if found.first.objective > 0 else 0.0
     name = next(iter(found.plans))
     answer = (
-        f"A step takes {exact(ours.objective, unit)} under our plan, {saved:.2%} less than under "
+        f"A step takes {amount(ours.objective, unit)} under our plan, {saved:.2%} less than under "
         f"{name}. No plan can be more than {percent(found.result.gap)} faster than ours: the "
-        f"bound is {exact(least, unit)}."
+        f"bound is {amount(least, unit)}."
     )
     floor = found.floor()
     costs = {name: layer_cost(priced) for name, priced in found.plans.items()}
@@ -254,11 +254,13 @@ def _slowest(page: Page, found: Study) -> Section:
     answer = f"Under {names[0]} {first}; under {names[-1]} {last}."
     caption = (
         "Time of each rank over its layer's proven bound, all plans under one colour scale: 1 is "
-        "perfect, yellow holds up its layer, dark waits. "
+        "perfect, yellow holds up its layer, dark waits. A scale for each shows how even plans "
+        "differ. "
     )
     if problem.windows > 1:
         caption += f"Means over {problem.windows:,} windows."
     body = (
+        '<label><input id="own-scale" type="checkbox"> a colour scale for each plan</label>'
         f'<figure><div class="pair">{panels}</div><figcaption>{escaped(caption)}</figcaption>'
         f"</figure>{''.join(map(folded, tables))}"
     )
