@@ -155,7 +155,9 @@ def layer_bounds(
     figure.update_layout(
         xaxis=axis("layer", anchor="y2"),
         yaxis=axis(f"time ({unit})", domain=[0.55, 1.0], rangemode="tozero"),
-        yaxis2=axis("gap (log)", domain=[0.0, 0.45], type="log", tickformat=GAPS),
+        yaxis2=gap_axis(
+            "gap (log)", [over(cost, bound) for cost in makespans.values()], domain=[0.0, 0.45]
+        ),
     )
     return dressed(figure, height=480, right=130)
 
@@ -240,7 +242,7 @@ def replicas(plans: Mapping[str, IntArray], tokens: FloatArray) -> "Figure":
             hovertemplate="expert %{x} by load: %{y:.2f} replicas<extra>%{fullData.name}</extra>",
         )  # fmt: skip
         ends.append((name, float(np.log10(max(mean[0], 1e-3))), colour))
-    name_ends(figure, ends, floor=0.07, at=0.0, left=True, log_x=True)
+    name_ends(figure, ends, floor=0.07, at=0.0, left=True)
     figure.update_layout(
         xaxis=axis(
             "experts of a layer, busiest first (log)",
@@ -335,10 +337,10 @@ def convergence(progress: Sequence[Progress], *, unit: str = "s") -> "Figure":
     )  # fmt: skip
     figure.update_layout(
         xaxis=axis("seconds", anchor="y2"),
-        yaxis=axis(f"step time ({unit})", domain=[0.58, 1.0], tickformat=".4~s"),
-        yaxis2=axis("gap (log)", domain=[0.0, 0.42], type="log", tickformat=GAPS),
+        yaxis=axis(f"time ({unit})", domain=[0.58, 1.0], tickformat=".5~s"),
+        yaxis2=gap_axis("gap (log)", [[each.gap for each in progress]], domain=[0.0, 0.42]),
     )
-    return dressed(figure, height=400)
+    return dressed(figure, height=440)
 
 
 def changes(answers: Sequence[Answer]) -> "Figure":
@@ -353,7 +355,7 @@ def changes(answers: Sequence[Answer]) -> "Figure":
                 each.question
                 if asked[each.question] == 1
                 else f"{each.question}, {each.note.split(';')[0]}",
-                24,
+                30,
             )
         )
         for each in told
@@ -371,7 +373,7 @@ def changes(answers: Sequence[Answer]) -> "Figure":
         xaxis=axis("change of the step time", tickformat="+~%"),
         yaxis={**axis(""), "autorange": "reversed", "automargin": True},
     )
-    return dressed(figure, height=90 + 36 * max(len(told), 1))
+    return dressed(figure, height=90 + 38 * max(len(told), 1))
 
 
 def styles(count: int) -> list[tuple[str, str, str]]:
@@ -389,20 +391,31 @@ def name_ends(
     axis: str = "y",
     at: float | None = None,
     left: bool = False,
-    log_x: bool = False,
+    ceiling: float = np.inf,
 ) -> None:
-    """Names beside their lines: at the right end, or at x; `floor` apart."""
-    lowest = -np.inf
-    for name, y, colour in sorted(ends, key=lambda end: end[1]):
-        y = max(y, lowest + floor)
-        lowest = y
+    """Names beside their lines: at the right end, or at x; `floor` apart, none above `ceiling`."""
+    ends = sorted(ends, key=lambda end: end[1])
+    places: list[float] = []
+    for _, y, _ in ends:
+        places.append(max(y, places[-1] + floor) if places else y)
+    highest = ceiling + floor
+    for number in reversed(range(len(places))):
+        highest = places[number] = min(places[number], round(highest - floor, 9))
+    for (name, _, colour), y in zip(ends, places, strict=True):
         right = {"x": 1.0, "xref": "paper"} if at is None else {"x": at, "xref": "x"}
         figure.add_annotation(
-            text=shown(name), y=y, yref=axis, xanchor="left", showarrow=False, align="left",
-            xshift=6 if not left else 8, yshift=0 if not left else 8,
-            font={"color": INK}, bgcolor="rgba(255,255,255,0.85)", bordercolor=colour,
-            borderwidth=1, borderpad=2, **right,
+            y=y, yref=axis, xanchor="left", xshift=6 if not left else 8,
+            yshift=0 if not left else 8, **label(name, colour), **right,
         )  # fmt: skip
+
+
+def label(name: str, colour: str) -> dict[str, Any]:
+    """A name in a frame of its line's colour, as an annotation."""
+    return {
+        "text": shown(name), "showarrow": False, "align": "left", "font": {"color": INK},
+        "bgcolor": "rgba(255,255,255,0.85)", "bordercolor": colour, "borderwidth": 1,
+        "borderpad": 2,
+    }  # fmt: skip
 
 
 def axis(title: str, **more: Any) -> dict[str, Any]:
@@ -417,6 +430,15 @@ def axis(title: str, **more: Any) -> dict[str, Any]:
         "ticks": "outside",
         "automargin": True,
     } | more
+
+
+def gap_axis(title: str, gaps: Sequence[Any], **more: Any) -> dict[str, Any]:
+    """A log axis of these gaps in per cent, with few ticks however many decades they span."""
+    known = np.concatenate([np.ravel(each) for each in gaps]) if gaps else np.ones(1)
+    known = np.maximum(known[np.isfinite(known)], LEAST_GAP)
+    decades = np.log10(known.max() / known.min()) if known.size else 1.0
+    dtick = "D2" if decades < 1 else int(np.ceil((decades + 1) / 6))
+    return axis(title, type="log", tickformat=GAPS, dtick=dtick, **more)
 
 
 def shown(name: str) -> str:

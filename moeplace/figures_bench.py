@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moeplace._check import FloatArray
-from moeplace.figures import GAPS, LEAST_GAP, axis, dressed, name_ends, plotly, styles
+from moeplace.figures import (
+    GAPS,
+    LEAST_GAP,
+    axis,
+    dressed,
+    gap_axis,
+    label,
+    name_ends,
+    plotly,
+    styles,
+)
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -44,7 +54,19 @@ def gap_curve(gaps: Mapping[str, FloatArray]) -> "Figure":
         name: np.searchsorted(np.sort(np.maximum(gap, LEAST_GAP)), at, side="right") / gap.size
         for name, gap in gaps.items()
     }
-    return _steps(shares, at, "gap to the proven bound (log)", "gap %{x:.2e}", GAPS)
+    figure = _steps(shares, at, "gap to the proven bound (log)", "gap %{x:.2e}", GAPS, named=False)
+    # Names lie on their lines, each at another height: all may end at the same place.
+    heights = np.linspace(0.25, 0.85, max(len(shares), 1))
+    order = sorted(shares, key=lambda name: float(at[np.searchsorted(shares[name], 0.5)])
+                   if shares[name][-1] >= 0.5 else np.inf)  # fmt: skip
+    signs = dict(zip(shares, styles(len(shares)), strict=True))
+    for name, height in zip(order, heights, strict=True):
+        height = min(height, float(shares[name][-1]))
+        x = at[min(np.searchsorted(shares[name], height), at.size - 1)]
+        figure.add_annotation(
+            x=np.log10(x), y=height, xanchor="right", xshift=-6, **label(name, signs[name][0])
+        )
+    return figure
 
 
 def gap_over_time(seconds: FloatArray, gaps: Mapping[str, FloatArray]) -> "Figure":
@@ -80,7 +102,7 @@ def gap_over_time(seconds: FloatArray, gaps: Mapping[str, FloatArray]) -> "Figur
     name_ends(figure, ends, floor=0.35)
     figure.update_layout(
         xaxis=axis("seconds (log)", type="log", dtick=1, tickformat="~g"),
-        yaxis=axis("gap to the proven bound (log)", type="log", dtick=1, tickformat=GAPS),
+        yaxis=gap_axis("gap to the proven bound (log)", list(gaps.values())),
     )
     return dressed(figure, height=380, right=130)
 
@@ -113,7 +135,12 @@ def ratio_by_method(ratios: Mapping[str, FloatArray], instances: Sequence[str]) 
 
 
 def _steps(
-    shares: Mapping[str, FloatArray], at: FloatArray, title: str, what: str, ticks: str
+    shares: Mapping[str, FloatArray],
+    at: FloatArray,
+    title: str,
+    what: str,
+    ticks: str,
+    named: bool = True,
 ) -> "Figure":
     """Shares of instances as steps over a log scale, each named where it ends."""
     figure = plotly().Figure()
@@ -126,12 +153,13 @@ def _steps(
         )  # fmt: skip
     ends = [(name, float(share[-1]), style[0])
             for (name, share), style in zip(shares.items(), signs, strict=True)]  # fmt: skip
-    name_ends(figure, ends, floor=0.08)
+    if named:
+        name_ends(figure, ends, floor=0.08, ceiling=1.0)
     figure.update_layout(
         xaxis=axis(title, type="log", dtick=1, tickformat=ticks),
         yaxis=axis("share of instances", tickformat=".0%", range=[0, 1.05]),
     )
-    return dressed(figure, height=380, right=130)
+    return dressed(figure, height=380, right=130 if named else 20)
 
 
 def _pale(colour: str) -> str:

@@ -17,9 +17,17 @@ import numpy as np
 from moeplace import __version__, figures
 from moeplace.compare import amount, described, percent, printable
 from moeplace.evaluate import Evaluation
+from moeplace.result import Status
 from moeplace.study import OURS, Study, layer_cost, rank_cost
 
 GIGA = 1e9
+#: Of searches that found a plan.
+ENDED = {
+    Status.OPTIMAL: "proven optimal",
+    Status.WITHIN_GAP: "within the gap that was asked for",
+    Status.FEASIBLE: "the best that was found in time",
+    Status.INTERRUPTED: "what was found until the search was stopped",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -440,9 +448,9 @@ def _search(page: Page, found: Study) -> Section:
     result, unit = found.result, found.problem.cluster.time_unit
     sources = ", ".join(f"{name} ({n})" for name, n in result.bound.sources.items())
     answer = (
-        f"Our plan is {result.status}: after {result.seconds:.2f} s and {result.work:,} search "
-        f"steps it is within {percent(result.gap)} of the bound. Arguments that prove the bound, "
-        f"with the layers and windows that they decide: {sources}."
+        f"Our plan is {ENDED[result.status]}: after {result.seconds:.2f} s and {result.work:,} "
+        f"search steps it is within {percent(result.gap)} of the bound. Arguments that prove "
+        f"the bound, with the layers and windows that they decide: {sources}."
     )
     if len(found.progress) < 2:
         body = ""
