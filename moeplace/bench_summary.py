@@ -196,5 +196,8 @@ def not_run(settings: Mapping[str, Any]) -> str:
     if "real" in settings["sets"]:
         said.append("Set real has its windows summed, which understates step times.")
     if {"real", "real-windows"} & set(settings["sets"]):
-        said.append("Real instances were in sight while the search was made, unlike the seeds.")
+        said.append(
+            "Real instances share the loads of two models and were in sight while the search was "
+            "made: their intervals say little about other models."
+        )
     return " ".join(said)

@@ -15,13 +15,15 @@ from moeplace import (
     bench_dispatch,
     bench_hard,
     bench_latency,
+    bench_live,
     bench_methods,
+    bench_scale,
     bench_search,
     cli,
     instances,
 )
 from moeplace.bench import SUITES, markdown
-from moeplace.bench_case import REPORT_SEEDS, Case, Row
+from moeplace.bench_case import REPORT_SEEDS, TUNING_SEEDS, Case, Row
 from moeplace.errors import ProblemError
 from moeplace.evaluate import evaluate
 from moeplace.problem import Problem
@@ -29,8 +31,6 @@ from moeplace.result import Result
 from moeplace.solve import solve
 
 SOURCES = Path(__file__).parents[1] / "instances" / "sources"
-#: Seeds on which parameters were tuned, says the module.
-TUNING_SEEDS = range(5)
 TINY = (2, 32, 40, 8)
 
 
@@ -159,7 +159,9 @@ def test_each_target_has_a_case(calls: Calls, shipped: Path) -> None:
 
 def test_seeds_that_are_reported_were_not_tuned_on() -> None:
     assert len(set(REPORT_SEEDS)) == 5
-    assert set(REPORT_SEEDS).isdisjoint(TUNING_SEEDS)
+    for seeds in (REPORT_SEEDS, bench_hard.SEEDS, bench_latency.SEEDS, bench_live.SEEDS,
+                  [bench_scale._SEED]):  # fmt: skip
+        assert set(seeds).isdisjoint(TUNING_SEEDS)
     assert "seeds 0 to 4" in (bench_case.__doc__ or "")
 
 
