@@ -20,7 +20,7 @@ from moeplace.bench_summary import (
     values,
 )
 from moeplace.bench_table import read_runs
-from moeplace.compare import printable
+from moeplace.compare import percent, printable
 from moeplace.errors import FormatError
 from moeplace.report import Page, Section, Table, escaped, table
 
@@ -128,19 +128,22 @@ def _set(page: Page, rows: list[Row], chosen: str, settings: dict[str, Any]) -> 
             ],
         ),
     )
-    answer = f"{len(names)} instances. " + " ".join(_words(rows, m, base) for m in methods)
     return Section(anchor=f"set-{chosen}", title=f"How good is each method on set {chosen}?",
-                   answer=escaped(answer.strip()), body=body)  # fmt: skip
+                   answer=escaped(_words(rows, methods, base)), body=body)  # fmt: skip
 
 
-def _words(rows: list[Row], method: str, base: str) -> str:
-    found = against(rows, method, base)
-    if found is not None:
-        return f"Steps under {method} take {found.estimate:.3f} times those under {base}."
-    gaps = list(values(rows, method, "gap").values())
+def _words(rows: list[Row], methods: list[str], base: str) -> str:
+    """How the methods compare, in a sentence or two."""
+    pairs = [(method, against(rows, method, base)) for method in methods]
+    over = [f"{method} {found.estimate:.3f}" for method, found in pairs if found is not None]
+    gaps = list(values(rows, base, "gap").values())
+    said = f"{len(instances_of(rows))} instances. "
+    if over:
+        said += f"Step time over that of {base}, geometric mean: {', '.join(over)}. "
     if not gaps:
-        return f"{method} has no plan."
-    return f"{method} is within {np.median(gaps):.1e} of the bound (median; worst {max(gaps):.1e})."
+        return said + f"{base} has no plan."
+    left, most = percent(float(np.median(gaps))), percent(max(gaps))
+    return said + f"{base} is within {left} of the bound in the median, {most} at worst."
 
 
 def _ratios(rows: list[Row], methods: list[str], base: str, chosen: str) -> Table:
