@@ -22,7 +22,7 @@ from moeplace.bench_summary import (
 from moeplace.bench_table import read_runs
 from moeplace.compare import percent, printable
 from moeplace.errors import FormatError
-from moeplace.report import Page, Section, Table, escaped, table
+from moeplace.report_page import Page, Section, Table, escaped, table
 
 #: Points in time at which gaps are drawn.
 POINTS = 60

@@ -8,23 +8,19 @@ the table says how many there were.
 
 import csv
 import fcntl
-import hashlib
-import importlib.metadata
 import io
 import json
 import os
-import platform
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from moeplace._files import write_bytes, write_json, write_text
-from moeplace.bench_case import TUNING_SEEDS, real_instances
-from moeplace.bench_run import COLUMNS, SETS, SHAPES, Row, Run, measure, names
+from moeplace.bench_case import TUNING_SEEDS
+from moeplace.bench_environment import environment
+from moeplace.bench_run import COLUMNS, SETS, Row, Run, measure, names
 from moeplace.bench_summary import summary
 from moeplace.errors import FormatError, MissingExtraError, ProblemError
 from moeplace.policies import POLICIES
@@ -203,7 +199,7 @@ def _settle(folder: Path, settings: Settings, instances: Path) -> dict[str, Any]
     """Write the settings and the environment, or compare with those that are there."""
     path = folder / "settings.json"
     asked: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
-    now = environment(settings, instances)
+    now = environment(settings.sets, instances)
     if not path.exists():
         if any(folder.iterdir()):
             raise FormatError(f"{folder}: is not empty and holds no table. Choose another folder.")
@@ -233,62 +229,6 @@ def _about(path: Path) -> dict[str, Any]:
     if not sound:
         raise FormatError(f"{path}: is not what bench wrote. Choose another folder.")
     return dict(found)
-
-
-def environment(settings: Settings, instances: Path) -> dict[str, Any]:
-    """What results depend on besides the settings."""
-    package = Path(__file__).parent
-    files = real_instances(instances) if set(settings.sets) - set(SHAPES) else []
-    versions = {
-        name: importlib.metadata.version(name)
-        for name in ("moeplace", "numpy", "scipy", "numba", "ortools", "joblib")
-    }
-    return {
-        **versions,
-        "source": _hash(sorted(package.rglob("*.py"))),
-        "commit": _commit(package),
-        "instances": _hash(files) if files else None,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-        "threads_of_a_run": 1,
-        "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "begun": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _hash(paths: Sequence[Path]) -> str:
-    state = hashlib.sha256()
-    for path in paths:
-        state.update(path.read_bytes())
-    return state.hexdigest()[:16]
-
-
-def _commit(package: Path) -> str | None:
-    """The commit of a checkout, "+" where files differ from it; None without one."""
-    if not (package.parent / ".git").exists():
-        return None
-    try:
-        told = subprocess.run(
-            ["git", "-C", str(package), "describe", "--always", "--abbrev=12", "--dirty=+",
-             "--exclude=*"],
-            capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return told.stdout.strip() or None
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _kept(table: Path, known: Any) -> list[Row]:
