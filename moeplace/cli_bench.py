@@ -45,10 +45,24 @@ def bench(
     seeds: Annotated[
         str, typer.Option(metavar="N,...", help="Seeds of searches; not 0 to 4.")
     ] = "100",
-    time_limit: Annotated[float, typer.Option(metavar="SECONDS", help="Of each run.")] = 1.0,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Of each run; by default 1.", show_default=False),
+    ] = None,
+    work_limit: Annotated[
+        int | None,
+        typer.Option(
+            metavar="STEPS",
+            help="Search steps a layer instead: all but times is then the same on any machine.",
+            show_default=False,
+        ),
+    ] = None,
     jobs: Annotated[
-        int, typer.Option(metavar="N", help="Runs at once, which slows each of them.")
+        int, typer.Option(metavar="N", help="Runs, or checks, at once, which slows each of them.")
     ] = 1,
+    parquet: Annotated[
+        bool, typer.Option("--parquet", help="Write the table of runs as runs.parquet, too.")
+    ] = False,
     check: Annotated[
         bool,
         typer.Option("--check", help="Reproduce every row of best_known.csv; refused rows end 5."),
@@ -71,15 +85,15 @@ def bench(
         raise ProblemError("Give a suite, --check or --update-best, not two of them.")
     if only and not check:
         raise ProblemError("--only is for --check: give that too, or drop it.")
-    if dask is not None and suite is None:
-        raise ProblemError("--dask is for suites: give one, or drop it.")
+    if dask is not None and (check or update_best):
+        raise ProblemError("--dask is for suites and tables of runs: give one, or drop it.")
     if not update_best:  # which writes there
         instances = shipped(instances)
     if suite is not None:
         with on_dask(dask):
             _suite(suite, out, instances, as_json, quiet)
     elif check:
-        _check(instances, only, as_json, quiet)
+        _check(instances, only, jobs, as_json, quiet)
     elif update_best:
         from moeplace.best_known import update
 
@@ -88,7 +102,8 @@ def bench(
     elif out is None:
         raise ProblemError("Give a suite, --check, or a folder with --out.")
     else:
-        from moeplace.bench_table import Row, Settings, fill
+        from moeplace.bench_run import Row
+        from moeplace.bench_table import Settings, fill
 
         def told(row: Row) -> None:
             words = (row[key] for key in ("set", "instance", "method", "seed", "status", "ratio"))
@@ -102,10 +117,12 @@ def bench(
             sets=tuple(sets.split(",")),
             methods=tuple(methods.split(",")),
             seeds=numbers,
-            time_limit=time_limit,
+            time_limit=1.0 if time_limit is None and work_limit is None else time_limit,
+            work_limit=work_limit,
             jobs=jobs,
         )
-        rows = fill(out, settings, instances, told)
+        with on_dask(dask):
+            rows = fill(out, settings, instances, told, parquet)
         if as_json:
             write_json({"out": str(out), "rows": rows})
         elif not quiet:
@@ -138,11 +155,11 @@ def _suite(suite: str, out: Path | None, instances: Path, as_json: bool, quiet: 
         write(text)
 
 
-def _check(instances: Path, only: str, as_json: bool, quiet: bool) -> None:
+def _check(instances: Path, only: str, jobs: int, as_json: bool, quiet: bool) -> None:
     from moeplace.best_known import check
 
     rows = []
-    for row in check(instances, only):
+    for row in check(instances, only, jobs):
         rows.append(row)
         word = f"REFUSED: {row.refused}" if row.refused else f"reproduced, bound {row.bound}"
         _tell(f"{row.instance} {row.routing}: {word}", quiet)

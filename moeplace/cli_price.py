@@ -158,6 +158,7 @@ def certify(
 ) -> None:
     """Check a certificate without a solver, in exact arithmetic; a false one ends with 5."""
     from moeplace.certificate import check
+    from moeplace.certificate import digest as certificate_digest
 
     checked = check(file)
     problem, bound = checked.problem, checked.bound
@@ -168,6 +169,7 @@ def certify(
             {
                 "status": "holds",
                 "digest": problem.digest(),
+                "certificate_digest": certificate_digest(file),
                 "objective": float(checked.objective),
                 "lower_bound": bound.total,
                 "recomputed": bound.recomputed,

@@ -39,6 +39,31 @@ def sweep(
     return list(run(delayed(call)(*each) for each in arguments))
 
 
+def as_done(
+    call: Callable[..., T], arguments: Iterable[tuple[Any, ...]], jobs: int = 1
+) -> Iterator[T]:
+    """Results of ``call(*each)``, each as soon as it is there, from processes.
+
+    Parameters
+    ----------
+    call : callable
+        What other processes can import, with all it is given.
+    arguments : iterable of tuple
+    jobs : int
+        Processes on this machine; at 1, what joblib is configured for, by default this one, in
+        the order of the arguments.
+
+    Raises
+    ------
+    Exception
+        What a call raises.
+    """
+    from joblib import Parallel, delayed
+
+    run = Parallel(n_jobs=jobs if jobs > 1 else None, return_as="generator_unordered")
+    yield from run(delayed(call)(*each) for each in arguments)
+
+
 @contextmanager
 def on_dask(address: str | None) -> Iterator[None]:
     """Sweeps inside run on the Dask cluster of this scheduler; without an address, here.
