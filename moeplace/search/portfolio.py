@@ -54,6 +54,8 @@ RIVAL_SHARE = 0.3
 DEFAULT_WORK = 2_000_000
 #: Search steps between two looks at the clock, a few milliseconds.
 STRIDE = 400_000
+#: With fewer slots a rank than this, too few ways to deal them out suit more than two windows.
+FEW_SLOTS = 8
 #: Rounds of the search over several windows, and its first threshold: this over the slots, times
 #: the cost (what one exchange changes shrinks with the number of slots); few slots have few ways
 #: around a bad place, so their first threshold is at least the third number over their square.
@@ -64,7 +66,7 @@ TRUE_HEAT = 0.1
 RULED_HEAT, RULED_STEPS = 0.6, 8
 #: Share of time and work that a problem of several windows spends on the mean load, and the share
 #: after which the experts of two ranks are dealt out anew; steps that a trial of that counts as.
-MEAN_SHARE, DEAL_AFTER, DEAL_STEPS = 0.15, 0.3, 8_000
+MEAN_SHARE, DEAL_AFTER, DEAL_STEPS = 0.15, 0.5, 8_000
 #: The same under a budget of moves.
 MOVES_SHARE = 0.6
 #: Share of both that is spent near a start plan, if that does not bring all within the gap.
@@ -804,6 +806,8 @@ def all_windows(
         weight = np.full(problem.windows, 1.0 / problem.windows)
     trials, began, begun_work = 200, run.seconds, run.work
     whole, dealt = share, isinstance(every, Windows) and allowance is None
+    if problem.windows > 2 and state.cap.max() < FEW_SLOTS:
+        dealt = False
     if dealt:
         share *= DEAL_AFTER
     for turn in range(ROUNDS):
