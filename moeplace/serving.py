@@ -14,6 +14,8 @@ import moeplace.search.compiling  # noqa: F401 - tells when kernels are compiled
 
 #: Expected tokens of an expert from which counts are normal, rounded to whole ones.
 NORMAL = 12.0
+#: Expected tokens that count as none: what is left when the last request with an expert has gone.
+NONE = 1e-9
 #: Columns of the log of steps.
 STEPS = ("start", "seconds", "moe", "mean_rank", "fastest", "link", "tokens", "assignments", "plan")
 #: 1 / c for the counts that are drawn one by one.
@@ -58,7 +60,7 @@ def quantile(u):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def draw(mean, tokens, key, counts, variances):  # type: ignore[no-untyped-def]
+def draw(mean, tokens, key, counts, scratch):  # type: ignore[no-untyped-def]
     """Draw how many of a batch's tokens choose each expert of one layer.
 
     A token chooses an expert once at most, so a count is binomial (`tokens`, mean / tokens).
@@ -66,12 +68,16 @@ def draw(mean, tokens, key, counts, variances):  # type: ignore[no-untyped-def]
     to first order the covariance of choosing k of E without replacement (Hajek 1964). The
     correction makes them fractional; those that were 0 stay 0.
 
+    Short loops over all experts without branches: the compiler makes vector code of them.
+
     Parameters
     ----------
     mean : [experts]
-    tokens : float
+    tokens : int
     key : uint64
-    counts, variances : [experts]
+    counts : [experts]
+        Written.
+    scratch : [4, experts]
         Written.
 
     Returns
@@ -79,77 +85,119 @@ def draw(mean, tokens, key, counts, variances):  # type: ignore[no-untyped-def]
     float
         Sum of the counts.
     """
+    luck, variances = scratch[0], scratch[2]
+    experts = mean.size
     total = 0.0
+    few = 0
+    for e in range(experts):
+        m = mean[e]
+        total += m if m > NONE else 0.0
+        few += (m > NONE) & (m < NORMAL)
+    for e in range(experts):
+        bits = mixed(key + np.uint64(e + 1) * _STEP) >> _S11
+        luck[e] = (np.float64(bits) + 0.5) * (1.0 / 9007199254740992.0)
+        counts[e] = 0.0
+    each = 1.0 / tokens
+    if few > 0:
+        _count(mean, tokens, few, counts, scratch)
+    if few < experts:
+        large = scratch[1]  # their numbers first: no branch that is hard to foresee
+        found = 0
+        for e in range(experts):
+            large[found] = e
+            found += mean[e] >= NORMAL
+        for i in range(found):
+            e = int(large[i])
+            m = mean[e]
+            scatter = math.sqrt(m * max(1.0 - m * each, 0.0))
+            counts[e] = max(math.floor(m + scatter * quantile(luck[e]) + 0.5), 0.0)
     drawn = 0.0
     spread = 0.0
-    each = 1.0 / tokens
-    for e in range(mean.size):
+    for e in range(experts):
         m = mean[e]
-        key += _STEP
-        counts[e] = 0.0
-        variances[e] = 0.0
-        if m <= 1e-9:  # what is left when the last request with this expert has gone
-            continue
-        total += m
-        u = (np.float64(mixed(key) >> _S11) + 0.5) * (1.0 / 9007199254740992.0)
-        p = min(m * each, 1.0)
-        variance = m * (1.0 - p)
-        if m >= NORMAL:
-            c = max(math.floor(m + math.sqrt(variance) * quantile(u) + 0.5), 0.0)
-        elif p >= 1.0:
-            c = m
-        else:
-            c = 0.0
-            if p < 0.02:  # log(1 - p) to 1e-10
-                none = -m * (1.0 + p * (0.5 + p * (1 / 3 + p * (0.25 + p * 0.2))))
-            else:
-                none = tokens * math.log1p(-p)
-            chance = math.exp(none)
-            odds = p / (1.0 - p)
-            while u > chance and c < tokens and c < 4095:  # u is what is left of it
-                u -= chance
-                c += 1.0
-                chance *= odds * (tokens - c + 1.0) * INVERSE[int(c)]
-                if chance < 1e-18:
-                    break
-        if c > 0:
-            counts[e] = c
-            variances[e] = variance
-            drawn += c
-            spread += variance
+        variances[e] = m * max(1.0 - m * each, 0.0) if counts[e] > 0 else 0.0
+    for e in range(experts):
+        drawn += counts[e]
+        spread += variances[e]
     if drawn <= 0:
         counts[:] = mean
         return total
     if spread <= 0:
         return drawn
     share = (drawn - total) / spread
-    drawn = 0.0
-    for e in range(mean.size):
+    cut = 0
+    for e in range(experts):
         c = counts[e] - share * variances[e]
-        if c <= 0 and counts[e] > 0:
-            c = 1e-9
-        counts[e] = c
-        drawn += c
-    if abs(drawn - total) > 1e-9 * total:  # some were cut off at 0
-        share = total / drawn
-        for e in range(mean.size):
+        below = (c <= 0) & (counts[e] > 0)
+        cut += below
+        counts[e] = 1e-9 if below else c
+    if cut > 0:
+        share = total / counts.sum()
+        for e in range(experts):
             counts[e] *= share
     return total
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def rank_seconds(model, rank, tokens, replicas):  # type: ignore[no-untyped-def]
-    """Latency of one rank: planes or a table, as `Cluster.seconds` has it."""
-    startup, activation, compute, at, height, rate = model
+def _count(mean, tokens, few, counts, scratch):  # type: ignore[no-untyped-def]
+    """Binomial counts of the `few` experts with small means, by inversion of `luck`.
+
+    The chance of none is a power by repeated squaring. Then all experts are counted at once,
+    until few are left to count, which go on alone.
+    """
+    luck, chance, until, odds = scratch[0], scratch[1], scratch[2], scratch[3]
+    experts = mean.size
+    each = 1.0 / tokens
+    for e in range(experts):
+        m = mean[e]
+        p = m * each if (m > NONE) & (m < NORMAL) & (m * each < 1.0) else 0.0
+        until[e] = 1.0 - p
+        odds[e] = p / (1.0 - p)
+        chance[e] = 1.0
+    power = tokens
+    while power > 0:
+        if power & 1:
+            for e in range(experts):
+                chance[e] *= until[e]
+        for e in range(experts):
+            until[e] *= until[e]
+        power >>= 1
+    for e in range(experts):
+        until[e] = chance[e]
+    most = min(tokens, 4095)
+    left = few
+    c = 0
+    while left > few >> 4 and c < most:
+        c += 1
+        factor = (tokens - c + 1) * INVERSE[c]
+        left = 0
+        for e in range(experts):
+            more = luck[e] > until[e]
+            counts[e] += more
+            left += more
+            chance[e] *= odds[e] * factor
+            until[e] += chance[e]
+    if left > 0:
+        for e in range(experts):
+            if luck[e] > until[e]:
+                n = c
+                part, end = chance[e], until[e]
+                while luck[e] > end and n < most and part >= 1e-18:
+                    n += 1
+                    part *= odds[e] * (tokens - n + 1) * INVERSE[n]
+                    end += part
+                    counts[e] += 1.0
+    for e in range(experts):
+        if mean[e] * each >= 1.0 and mean[e] < NORMAL:  # every token chooses it
+            counts[e] = mean[e]
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def table_seconds(model, rank, tokens):  # type: ignore[no-untyped-def]
+    """Latency of one rank by its table, as `Cluster.seconds` has it."""
+    _, _, _, at, height, rate = model
     if tokens <= 0.0:
         return 0.0
-    if at.shape[1] == 0:
-        most = 0.0
-        for k in range(startup.size):
-            most = max(
-                most, startup[k] + activation[k] * replicas + compute[k] * tokens / rate[rank]
-            )
-        return most
     last = at.shape[1] - 1
     if tokens >= at[rank, last]:
         return height[rank, last] + (tokens - at[rank, last]) / rate[rank]
@@ -161,49 +209,60 @@ def rank_seconds(model, rank, tokens, replicas):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def layer_ranks(counts, held, base, model, tokens_of, seconds):  # type: ignore[no-untyped-def]
+def layer_ranks(counts, held, where, base, model, tokens_of, seconds):  # type: ignore[no-untyped-def]
     """Tokens and seconds of each rank [ranks] for an expert's counts [experts], one layer.
 
-    `held` lists replicas by expert: (first [experts + 1], rank, share). A replica among several
-    runs unless all of the expert's tokens went to others.
+    `held` says what slots hold, each [slots]: expert, share, log(1 - share) (1 for a share of 1),
+    and the numbers of those with a share between, their count last [slots + 1]; `where`, slots by
+    rank: (first [ranks + 1], rank [slots]). A replica among several runs unless all of the
+    expert's tokens went to others.
     """
-    first, rank, share = held
+    expert, share, rest, partial = held
+    first, rank = where
+    startup, activation, compute, at, _, rate = model
     replicas = seconds
     for g in range(seconds.size):
-        tokens_of[g] = base[g]
-        replicas[g] = 0.0
-    for e in range(counts.size):
-        c = counts[e]
-        if c <= 0:
-            continue
-        for j in range(first[e], first[e + 1]):
-            part = share[j]
-            tokens_of[rank[j]] += c * part
-            if part >= 1.0:
-                replicas[rank[j]] += 1.0
-            elif part > 0.0:
-                replicas[rank[j]] += 1.0 - math.exp(c * math.log1p(-part))
+        tokens = base[g]
+        runs = 0.0
+        for j in range(first[g], first[g + 1]):
+            c = counts[expert[j]]
+            tokens += c * share[j]
+            runs += (c > 0.0) & (rest[j] > 0.0)
+        tokens_of[g] = tokens
+        replicas[g] = runs
+    for i in range(partial[partial.size - 1]):
+        j = partial[i]
+        replicas[rank[j]] += 1.0 - math.exp(counts[expert[j]] * rest[j])
+    if at.shape[1] > 0:
+        for g in range(seconds.size):
+            seconds[g] = table_seconds(model, g, tokens_of[g])
+        return
     for g in range(seconds.size):
-        seconds[g] = rank_seconds(model, g, tokens_of[g], replicas[g])
+        most = 0.0
+        work = tokens_of[g] * (1.0 / rate[g])
+        for k in range(startup.size):
+            most = max(most, startup[k] + activation[k] * replicas[g] + compute[k] * work)
+        seconds[g] = most if tokens_of[g] > 0.0 else 0.0
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def step(mean, tokens, top_k, key, plan, base, weight, link, model, work, found):  # type: ignore[no-untyped-def]
+def step(mean, tokens, key, plan, where, base, weight, link, model, work, found):  # type: ignore[no-untyped-def]
     """Seconds of one forward pass of all layers; adds to `found` (see `STEPS`).
 
-    mean : [layers, experts], expected assignments. plan : (first, rank, share), each [layers, ...].
-    base : [layers, ranks], a rank's own tokens for each assignment. link : (s, s a token).
+    mean : [layers, experts], expected assignments. plan : as `layer_ranks` has it, each
+    [layers, ...]. base : [layers, ranks], a rank's own tokens for each assignment.
+    link : (s, s a token).
     """
-    first, rank, share = plan
-    counts, variances, tokens_of, seconds = work
+    expert, share, rest, partial = plan
+    counts, scratch, tokens_of, seconds = work
     total = 0.0
     for layer in range(mean.shape[0]):
         routed = draw(
-            mean[layer], tokens, mixed(key + np.uint64(layer + 1) * _STEP), counts, variances
+            mean[layer], tokens, mixed(key + np.uint64(layer + 1) * _STEP), counts, scratch
         )
         own = base[layer] * routed
-        held = (first[layer], rank[layer], share[layer])
-        layer_ranks(counts, held, own, model, tokens_of, seconds)
+        held = (expert[layer], share[layer], rest[layer], partial[layer])
+        layer_ranks(counts, held, where, own, model, tokens_of, seconds)
         slowest = 0.0
         fastest = np.inf
         middle = 0.0
@@ -224,7 +283,15 @@ def step(mean, tokens, top_k, key, plan, base, weight, link, model, work, found)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def serve(requests, profiles, top_k, plans, changes, base, weight, model, engine, seed):  # type: ignore[no-untyped-def]
+def add(to, times, what):  # type: ignore[no-untyped-def]
+    """Add an array so many times to another, both [layers, experts]."""
+    for layer in range(to.shape[0]):
+        for e in range(to.shape[1]):
+            to[layer, e] += times * what[layer, e]
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def serve(requests, profiles, top_k, plans, where, changes, base, weight, model, engine, seed):  # type: ignore[no-untyped-def]
     """Serve requests first come, first served, until the last is done.
 
     Parameters
@@ -233,7 +300,7 @@ def serve(requests, profiles, top_k, plans, changes, base, weight, model, engine
     profiles : float32 [profiles, layers, experts]
         Share of a layer's assignments.
     top_k : float
-    plans : (first [plans, layers, experts + 1], rank, share [plans, layers, slots])
+    plans, where : as in `step`; plans each [plans, layers, ...]
     changes : (at [plans - 1], stall [plans - 1]), in seconds
     base, weight, model : as in `step`
     engine : (max_tokens, max_running, step s, s a token, link s, link s a token)
@@ -257,7 +324,7 @@ def serve(requests, profiles, top_k, plans, changes, base, weight, model, engine
     lives = 0
     steady = np.zeros((layers, experts))  # expected assignments of all that decode
     mean = np.empty((layers, experts))
-    work = (np.empty(experts), np.empty(experts), np.empty(ranks), np.empty(ranks))
+    work = (np.empty(experts), np.empty((4, experts)), np.empty(ranks), np.empty(ranks))
     log = np.zeros((1024, 9))
     steps = 0
     head = 0  # the first request whose prompt is not done
@@ -278,7 +345,7 @@ def serve(requests, profiles, top_k, plans, changes, base, weight, model, engine
             begun[head] = clock
             running[lives], left[lives] = head, output[head]
             lives += 1
-            steady += top_k * profiles[profile[head]]
+            add(steady, top_k, profiles[profile[head]])
             head += 1
             if head < count:
                 unread = prompt[head]
@@ -295,7 +362,7 @@ def serve(requests, profiles, top_k, plans, changes, base, weight, model, engine
                 chunk = min(unread, room)
                 if unread == prompt[head]:
                     begun[head] = clock
-                mean += (chunk * top_k) * profiles[profile[head]]
+                add(mean, chunk * top_k, profiles[profile[head]])
                 fresh += chunk
                 room -= chunk
                 unread -= chunk
@@ -312,11 +379,10 @@ def serve(requests, profiles, top_k, plans, changes, base, weight, model, engine
             larger[:steps] = log
             log = larger
         key = mixed(np.uint64(seed) * _MIX1 + np.uint64(steps + 1) * _MIX2)
-        this = (plans[0][plan], plans[1][plan], plans[2][plan])
+        this = (plans[0][plan], plans[1][plan], plans[2][plan], plans[3][plan])
         # `steady` may fall below 0 by rounding, which `draw` takes for none
         drawn = mean if fresh > 0 else steady
-        took = step(drawn, float(tokens), top_k, key, this, base, weight, link, model, work,
-                    log[steps])  # fmt: skip
+        took = step(drawn, tokens, key, this, where, base, weight, link, model, work, log[steps])
         took += fixed + each * tokens
         log[steps, 0], log[steps, 1] = clock, took
         log[steps, 6], log[steps, 8] = tokens, plan
@@ -330,7 +396,7 @@ def serve(requests, profiles, top_k, plans, changes, base, weight, model, engine
                 first[request] = clock
             if left[i] == 0:
                 last[request] = clock
-                steady -= top_k * profiles[profile[request]]
+                add(steady, -top_k, profiles[profile[request]])
                 lives -= 1
                 running[i], left[i] = running[lives], left[lives]
             else:
@@ -340,7 +406,7 @@ def serve(requests, profiles, top_k, plans, changes, base, weight, model, engine
             if output[request] > 1:
                 running[lives], left[lives] = request, output[request] - 1
                 lives += 1
-                steady += top_k * profiles[profile[request]]
+                add(steady, top_k, profiles[profile[request]])
             else:
                 last[request] = clock
         if lives == 0:

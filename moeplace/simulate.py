@@ -226,13 +226,14 @@ def simulate(
     times = [change.at for change in changes]
     if any(not change.stall >= 0 for change in changes) or times != sorted(times):
         raise ProblemError("Changes need stalls of at least 0 s, in order of time.")
-    tables = [_replicas(problem, each) for each in (plan, *(change.plan for change in changes))]
+    tables = [held(problem, each) for each in (plan, *(change.plan for change in changes))]
     begun, first, last, log = serve(
         tuple(np.array(part) for part in (requests.arrival, requests.prompt, requests.output,
                                           requests.profile)),
         np.array(profiles.shares),
         float(engine.top_k),
         tuple(np.array(part) for part in zip(*tables, strict=True)),
+        by_rank(problem),
         (np.array(times, dtype=np.float64), np.array([change.stall for change in changes], float)),
         _base_share(problem),
         np.array(problem.layer_weight),
@@ -373,7 +374,7 @@ def rehearse(problem: Problem, plan: Plan, profiles: Profiles, engine: Engine) -
 
 
 def model_of(problem: Problem) -> tuple[Any, ...]:
-    """The cluster's latency as `serving.rank_seconds` takes it."""
+    """The cluster's latency as `serving.layer_ranks` takes it."""
     cluster = problem.cluster
     none = np.empty((problem.ranks, 0))
     zero, one = np.zeros(1), np.ones(1)
@@ -388,18 +389,27 @@ def model_of(problem: Problem) -> tuple[Any, ...]:
     return zero, zero, one, none, none, np.array(cluster.speeds)
 
 
-def _replicas(problem: Problem, plan: Plan) -> tuple[IntArray, IntArray, FloatArray]:
-    """Replicas by expert: first [layers, experts + 1], rank and share [layers, slots]."""
+def held(problem: Problem, plan: Plan) -> tuple[IntArray, FloatArray, FloatArray, IntArray]:
+    """What slots hold, as `serving.layer_ranks` takes it, each [layers, ...]."""
     check_fits(problem, plan)
     share = shares(problem, plan)
     if share.ndim == 3:
         share = np.tensordot(problem.window_weight, share, axes=1)
-    held = np.where(plan.slots == EMPTY, plan.experts, plan.slots)
-    order = np.argsort(held, axis=1, kind="stable")
-    part = np.take_along_axis(np.where(plan.slots == EMPTY, 0.0, share), order, axis=1)
-    count = np.zeros((plan.layers, plan.experts + 1), dtype=np.int64)
-    count[:, 1:] = plan.replicas.cumsum(axis=1)
-    return count, plan.rank_of_slot[order], part
+    filled = plan.slots != EMPTY
+    share = np.where(filled, share, 0.0)
+    whole = share >= 1.0
+    rest = np.where(whole, 1.0, np.log1p(-np.where(whole, 0.0, share)))
+    some = rest < 0
+    partial = np.zeros((plan.layers, share.shape[1] + 1), dtype=np.int64)
+    partial[:, :-1] = np.argsort(~some, axis=1, kind="stable")
+    partial[:, -1] = some.sum(axis=1)
+    return np.where(filled, plan.slots, 0), share, rest, partial
+
+
+def by_rank(problem: Problem) -> tuple[IntArray, IntArray]:
+    """Slots by rank: first [ranks + 1], rank [slots]."""
+    slots = problem.cluster.slots
+    return np.append(0, slots.cumsum()), np.repeat(np.arange(slots.size), slots)
 
 
 def _base_share(problem: Problem) -> FloatArray:

@@ -20,12 +20,13 @@ from moeplace.simulate import (
     Interval,
     Service,
     Slo,
+    by_rank,
     disaggregated,
     goodput,
+    held,
     model_of,
     simulate,
 )
-from moeplace.simulate import _replicas as replicas_of
 
 
 def problem_of(layers: int = 3, experts: int = 32, slots: int = 40, ranks: int = 4) -> Problem:
@@ -186,18 +187,18 @@ def test_rank_loads_scatter_as_token_by_token(plan: mp.Plan, tokens: list[int]) 
     assert k * shares.max() < 1
     sampled = _token_by_token(shares, tokens, k, draws)
     mean = k * (np.array(tokens)[:, None] * shares).sum(axis=0)
-    ours = np.empty_like(sampled)
+    ours, scratch = np.empty_like(sampled), np.empty((4, mean.size))
     for n in range(draws):
-        total = draw(mean, float(sum(tokens)), np.uint64(977 * n + 5), ours[n], np.empty(mean.size))
+        total = draw(mean, sum(tokens), np.uint64(977 * n + 5), ours[n], scratch)
         assert total == pytest.approx(k * sum(tokens))
         assert ours[n].sum() == pytest.approx(total)
-    held = [part[layer] for part in replicas_of(problem, plan)]
+    slots = tuple(part[layer] for part in held(problem, plan))
     found = []
     for counts in (sampled, ours):
         rank = np.empty((2, draws, problem.ranks))
         for n in range(draws):
-            layer_ranks(counts[n], tuple(held), np.zeros(4), model_of(problem), rank[0, n],
-                        rank[1, n])  # fmt: skip
+            layer_ranks(counts[n], slots, by_rank(problem), np.zeros(4), model_of(problem),
+                        rank[0, n], rank[1, n])  # fmt: skip
         found.append(rank)
     theirs, mine = found
     error = theirs[0].std(axis=0) / np.sqrt(draws)
