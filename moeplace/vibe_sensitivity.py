@@ -27,7 +27,7 @@ PAIRS = (("vibe", "eplb"), ("auto", "eplb"))
 def limits(runs: Runs) -> Table:
     """What a better plan could win on the mean load: from each policy down to the bound."""
     rows = []
-    spreads: list[tuple[str, str | float]] = [("fleet, {:.1f} %", "fleet")]
+    spreads: list[tuple[str, str | float]] = [("equal", "equal"), ("fleet, {:.1f} %", "fleet")]
     spreads += [("evenly spread, {:.1f} %", s) for s in (0.07, 0.13, 0.22, ONE_SLOW)]
     spreads.append(("one slow, {:.1f} %", "one slow"))
     for name in MODELS:

@@ -85,7 +85,9 @@ def number(cell: str) -> float:
 
 def test_no_plan_wins_more_than_the_limit(few: None) -> None:
     table = vibe_sensitivity.limits(Runs(INSTANCES, (100,), 0.1, 1))
-    assert len(table.rows) == 6
+    assert len(table.rows) == 7
+    control = table.rows.pop(0)
+    assert abs(number(control["ViBE / EPLB"])) < 0.2
     for row in table.rows:
         most = number(row["bound / EPLB"])
         assert number(row["bound / contiguous"]) < most < 0
