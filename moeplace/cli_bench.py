@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from moeplace._files import check_output, write_text
-from moeplace.cli import REFUSED, AsJson, Dask, example, write, write_json
+from moeplace.cli import REFUSED, AsJson, Dask, Ray, example, write, write_json
 from moeplace.errors import ProblemError
-from moeplace.sweep import on_dask
+from moeplace.sweep import on_cluster
 
 
 def bench(
@@ -61,13 +61,14 @@ def bench(
         Path, typer.Option(help="The folder of shipped instances.", show_default=True)
     ] = Path("instances"),
     dask: Dask = None,
+    ray: Ray = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure methods: a suite's table, a resumable table of runs, or the best known values."""
     if sum((suite is not None, check, update_best)) > 1:
         raise ProblemError("Give a suite, --check or --update-best, not two of them.")
     if suite is not None:
-        with on_dask(dask):
+        with on_cluster(dask, ray):
             _suite(suite, out, instances, as_json)
     elif check:
         _check(instances, only, as_json)

@@ -14,6 +14,7 @@ from moeplace.cli import (
     AsJson,
     Dask,
     Instance,
+    Ray,
     Seed,
     Workers,
     example,
@@ -41,7 +42,7 @@ from moeplace.simulate import (
     simulate,
 )
 from moeplace.solve import solve
-from moeplace.sweep import on_dask, sweep
+from moeplace.sweep import on_cluster, sweep
 
 PHASES = ("prefill", "decode", "mixed", "disaggregated")
 
@@ -151,6 +152,7 @@ def simulate_command(
         ),
     ] = None,
     dask: Dask = None,
+    ray: Ray = None,
     as_json: AsJson = False,
 ) -> None:
     """Serve requests under plans: time to first token, per token, goodput; with intervals."""
@@ -208,7 +210,7 @@ def simulate_command(
             pool = None if later is None else (later[0], later[1][name])
             limits = (slo, attainment) if find_rate else (slo, None)
             calls.append((problem, made[name], drawn, profiles, engine, changes, pool, limits, one))
-    with on_dask(dask):
+    with on_cluster(dask, ray):
         served = sweep(_served, calls, workers)
     found = {
         name: [served[s * len(names) + n] for s in range(seeds)] for n, name in enumerate(names)
@@ -383,6 +385,7 @@ def reproduce(
     ] = False,
     workers: Workers = 1,
     dask: Dask = None,
+    ray: Ray = None,
     as_json: AsJson = False,
 ) -> None:
     """Repeat a paper's experiments in form, its numbers beside ours."""
@@ -390,7 +393,7 @@ def reproduce(
 
     if out is not None:
         check_output(out)
-    with on_dask(dask):
+    with on_cluster(dask, ray):
         report = repeat(
             what,
             instances,
