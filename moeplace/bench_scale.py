@@ -58,8 +58,12 @@ def scale(instances: Path) -> Iterator[Row]:
                    **_shown(found)}  # fmt: skip
         fits = {}
         for key, label in MEASURED.items():
-            # a search that its limit ended says nothing of growth
-            kept = [n for n, row in enumerate(rows) if key != "solve" or row["gap"] <= GAP * 1.01]
+            # a search that its limit ended says nothing of growth, nor less than a megabyte
+            kept = [
+                n
+                for n, row in enumerate(rows)
+                if (key != "solve" or row["gap"] <= GAP * 1.01) and (key != "added" or row[key] > 1)
+            ]
             if len(kept) > 2:
                 power, off = fitted([size(what, shapes[n]) for n in kept],
                                     [rows[n][key] for n in kept])  # fmt: skip
@@ -96,14 +100,14 @@ def _measured(shape: Shape, routing: Any) -> dict[str, float]:
     found["gap"], found["worst"] = result.gap, float(result.layers.gap.max())
     found["ratio"] = evaluate(problem, result.plan).imbalance
     found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    found["added"] = max(found["peak"] - before, 0.1)
+    found["added"] = found["peak"] - before
     assert bound.total <= result.objective * (1 + 1e-9)
     return found
 
 
 def _timed(problem: Problem, **how: Any) -> tuple[Result, float, float]:
     """A result, CPU and wall seconds: the median of five where they are short."""
-    times = []
+    times: list[tuple[float, float]] = []
     while len(times) < (5 if not times or times[0][0] < 1.0 else 1):
         cpu, began = time.process_time(), time.perf_counter()
         result = solve(problem, **how)

@@ -1111,6 +1111,7 @@ def main(arguments: list[str] | None = None) -> None:
         cli_migrate,
         cli_replay,
         cli_report,
+        cli_reproduce,
         cli_simulate,
         cli_watch,
         cli_whatif,
@@ -1126,6 +1127,7 @@ def main(arguments: list[str] | None = None) -> None:
         cli_report,
         cli_bench,
         cli_simulate,
+        cli_reproduce,
     ):
         module.add_commands(app)
     for stream in (sys.stdout, sys.stderr):  # what the terminal cannot show is escaped

@@ -73,11 +73,12 @@ def growth(panels: Mapping[str, Growth]) -> "Figure":
             kept = [n for n, fine in enumerate(reached) if fine]
             name = what
             if len(kept) > 2:
-                x, y = times[kept], np.asarray(values)[kept]
-                power, off = fitted(list(x), list(y))
-                start = np.exp(np.mean(np.log(y) - power * np.log(x)))
+                sound, seconds = times[kept], np.asarray(values)[kept]
+                power, off = fitted(list(sound), list(seconds))
+                start = np.exp(np.mean(np.log(seconds) - power * np.log(sound)))
                 figure.add_scatter(
-                    x=x, y=start * x**power, mode="lines", hoverinfo="skip", name=f"fit: {what}",
+                    x=sound, y=start * sound**power, mode="lines", hoverinfo="skip",
+                    name=f"fit: {what}",
                     xaxis=f"x{place}", yaxis=f"y{place}",
                     line={"color": INK, "dash": "dot", "width": 1},
                 )  # fmt: skip

@@ -12,7 +12,8 @@ from moeplace.plan import Plan
 from moeplace.policies import POLICIES
 from moeplace.policies.vibe import vibe_update
 from moeplace.requests import Profiles, Requests
-from moeplace.simulate import Change, Interval, Service, Slo, goodput, simulate
+from moeplace.service import Interval, Service, Slo
+from moeplace.simulate import Change, goodput, simulate
 from moeplace.solve import solve
 from moeplace.sweep import sweep
 from moeplace.vibe_setting import VIBE, Setting, profiles_of, requests_of, setting

@@ -12,7 +12,7 @@ import pytest
 
 from moeplace import bench, bench_hard, bench_latency, cli, instances
 from moeplace.bench import REPORT_SEEDS, SUITES, Case, Row, markdown
-from moeplace.errors import ProblemError
+from moeplace.errors import FormatError, ProblemError
 from moeplace.evaluate import evaluate
 from moeplace.problem import Problem
 from moeplace.result import Result
@@ -307,7 +307,9 @@ def test_growth_is_drawn_from_the_table_of_docs() -> None:
     pytest.importorskip("plotly", reason="plotly is not installed")
     from moeplace.figures_scale import growth, read_growth
 
-    text = (ROOT / "docs" / "results" / "scale.md").read_text(encoding="utf-8")
+    text = (Path(__file__).resolve().parents[1] / "docs" / "results" / "scale.md").read_text(
+        encoding="utf-8"
+    )
     panels = read_growth(text)
     assert list(panels) == ["first plan, CPU", "to gap 0.001, CPU"]
     sizes, seconds, reached = panels["to gap 0.001, CPU"]["slots"]
@@ -323,5 +325,5 @@ def test_growth_is_drawn_from_the_table_of_docs() -> None:
     assert all(
         "^" in name or "not straight" in name or name in panels["first plan, CPU"] for name in told
     )
-    with pytest.raises(mp.FormatError, match="moeplace bench scale"):
+    with pytest.raises(FormatError, match="moeplace bench scale"):
         read_growth("| what |\n|---|\n| growth in layers |\n")

@@ -6,20 +6,19 @@ import numpy as np
 import pytest
 
 import moeplace as mp
+from moeplace.draws import draw, quantile
 from moeplace.errors import FormatError, ProblemError
 from moeplace.evaluate import evaluate
 from moeplace.instances import generate
 from moeplace.policies import POLICIES
 from moeplace.problem import Problem
 from moeplace.requests import Profiles, Requests, read_requests
-from moeplace.serving import draw, layer_ranks, quantile
+from moeplace.service import Interval, Service, Slo
+from moeplace.serving import layer_ranks
 from moeplace.simulate import (
     Change,
     Engine,
     Goodput,
-    Interval,
-    Service,
-    Slo,
     by_rank,
     disaggregated,
     goodput,
