@@ -32,10 +32,10 @@ def table(found: dict[str, Rows]) -> list[str]:
     values = {name: intervals(found[name]) for name in names}
     for key in keys:
         rows.append([key, *(_cell(key, values[name][key]) for name in names)])
-    ratios = {name: ratios(found[name], found[names[0]]) for name in names[1:]}
+    over = {name: ratios(found[name], found[names[0]]) for name in names[1:]}
     for key in ("ttft p90", "ttft p99", "tpot p90", "layer", "goodput"):
-        if len(names) > 1 and all(key in ratios[name] for name in names[1:]):
-            cells = ["1", *(_ratio(ratios[name][key]) for name in names[1:])]
+        if len(names) > 1 and all(key in over[name] for name in names[1:]):
+            cells = ["1", *(_ratio(over[name][key]) for name in names[1:])]
             rows.append([f"{key}, ratio", *cells])
     width = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
     lines = [
