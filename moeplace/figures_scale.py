@@ -13,6 +13,8 @@ from moeplace.figures import INK, STYLES, axis, dressed, plotly
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
+#: A power law is drawn where no point is off it by more than this factor.
+STRAIGHT = 1.5
 #: By what grows: sizes, values, and whether each was reached (not ended by its time limit).
 Growth = Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[bool]]]
 
@@ -47,7 +49,7 @@ def read_growth(table: str) -> dict[str, Growth]:
 
 
 def growth(panels: Mapping[str, Growth]) -> "Figure":
-    """Times over size, both in a log scale; fitted power laws dotted, unreached ones open.
+    """Times over size, both in a log scale; fitted power laws dotted where they hold, unreached points open.
 
     Parameters
     ----------
@@ -75,31 +77,33 @@ def growth(panels: Mapping[str, Growth]) -> "Figure":
             if len(kept) > 2:
                 sound, seconds = times[kept], np.asarray(values)[kept]
                 power, off = fitted(list(sound), list(seconds))
+                name += f", ^{power:.1f}" if off < STRAIGHT else ", not straight"
                 start = np.exp(np.mean(np.log(seconds) - power * np.log(sound)))
-                figure.add_scatter(
-                    x=sound, y=start * sound**power, mode="lines", hoverinfo="skip",
-                    name=f"fit: {what}",
-                    xaxis=f"x{place}", yaxis=f"y{place}",
-                    line={"color": INK, "dash": "dot", "width": 1},
-                )  # fmt: skip
-                name += f", ^{power:.1f}" if off < 1.5 else ", not straight"
-            ends.append((name, float(np.log10(times[-1])), float(np.log10(values[-1])), colour))
+                if off < STRAIGHT:
+                    figure.add_scatter(
+                        x=sound, y=start * sound**power, mode="lines", hoverinfo="skip",
+                        name=f"fit: {what}", xaxis=f"x{place}", yaxis=f"y{place}",
+                        line={"color": INK, "dash": "dot", "width": 1},
+                    )  # fmt: skip
+            ends.append((name, float(np.log10(values[-1])), colour))
+        every = [value for _, values, _ in lines.values() for value in values]
+        low, high = np.log10(min(every)) - 0.2, np.log10(max(every)) + 0.2
         lowest = -np.inf
-        for name, x, y, colour in sorted(ends, key=lambda end: end[2]):
-            lowest = max(y, lowest + 0.3)  # names do not cover each other
+        right = max(np.log10(sizes[-1] / sizes[0]) for sizes, _, _ in lines.values())
+        for name, y, colour in sorted(ends, key=lambda end: end[1]):
+            lowest = max(y, lowest + 0.06 * (high - low))  # names do not cover each other
             figure.add_annotation(
-                text=name, x=x, y=lowest, xref=f"x{place}", yref=f"y{place}", xanchor="left",
+                text=name, x=right, y=lowest, xref=f"x{place}", yref=f"y{place}", xanchor="left",
                 xshift=10, showarrow=False, font={"color": INK}, bordercolor=colour,
                 borderwidth=1, borderpad=2, bgcolor="rgba(255,255,255,0.85)",
             )  # fmt: skip
         left = number * wide
-        every = [value for _, values, _ in lines.values() for value in values]
         figure.layout[f"xaxis{place}"] = axis(
             "times the smallest size", type="log", domain=[left, left + wide - 0.08],
-            anchor=f"y{place}", tickvals=[1, 2, 4, 8, 16], range=[-0.05, 2.0],
+            anchor=f"y{place}", tickvals=[1, 2, 4, 8, 16], range=[-0.05, 1.9],
         )  # fmt: skip
         figure.layout[f"yaxis{place}"] = axis(
             f"{label} (s)", type="log", anchor=f"x{place}",
-            range=[np.floor(np.log10(min(every))), np.ceil(np.log10(max(every)))],
+            range=[low, high], dtick=1,
         )  # fmt: skip
     return dressed(figure, height=460)
