@@ -49,7 +49,7 @@ def read_growth(table: str) -> dict[str, Growth]:
 
 
 def growth(panels: Mapping[str, Growth]) -> "Figure":
-    """Times over size, both in a log scale; fitted power laws dotted where they hold, unreached points open.
+    """Times over size, both in a log scale; power laws dotted where they hold, unreached open.
 
     Parameters
     ----------

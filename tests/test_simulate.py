@@ -211,6 +211,31 @@ def test_rank_loads_scatter_as_token_by_token(plan: mp.Plan, tokens: list[int]) 
     assert slowest[1].std() == pytest.approx(slowest[0].std(), rel=0.25)
 
 
+def test_ranks_of_a_layer_by_hand(plan: mp.Plan) -> None:
+    """Tokens, activated replicas (those of one expert run by chance) and own tokens of ranks."""
+    problem = planes_of(problem_of())
+    assert problem.cluster.planes is not None
+    activation = mp.Cluster.from_planes(
+        [0.0, 0.0], [1e-5, 2e-5], [1e-9, 0.0], 1 / problem.cluster.speeds, problem.cluster.slots
+    )
+    problem = replace(problem, cluster=activation)
+    counts = np.random.default_rng(0).integers(0, 4, problem.experts).astype(float)
+    own = np.array([0.0, 7.0, 0.0, 3.0])
+    layer = 1
+    expert = plan.slots[layer]
+    share = 1 / plan.replicas[layer][expert]
+    assert (share < 1).sum() >= 8
+    runs = np.where(share == 1, counts[expert] > 0, 1 - (1 - share) ** counts[expert])
+    rank = np.repeat(np.arange(4), problem.cluster.slots)
+    tokens = np.bincount(rank, counts[expert] * share) + own
+    expected = activation.seconds(tokens, np.bincount(rank, runs))
+    found = np.empty((2, 4))
+    slots = tuple(part[layer] for part in held(problem, plan))
+    layer_ranks(counts, slots, by_rank(problem), own, model_of(problem), *found)
+    assert found[0] == pytest.approx(tokens)
+    assert found[1] == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("model", ["speeds", "planes", "table"])
 def test_large_batches_cost_what_evaluate_says(problem: Problem, plan: mp.Plan, model: str) -> None:
     engine = Engine(top_k=4, max_tokens=1 << 22)
