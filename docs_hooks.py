@@ -1,10 +1,11 @@
-"""Hooks of the documentation site: the command reference and the API reference, from the code."""
+"""Hooks of the documentation site: what is generated from the code and from instances/README."""
 
 import contextlib
 import io
+from pathlib import Path
 from typing import Any
 
-COMMANDS, NAMES = "<!-- commands:", "<!-- names:"
+COMMANDS, NAMES, SCHEMA = "<!-- commands:", "<!-- names:", "<!-- schema:"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -13,6 +14,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         return markdown[: markdown.index(COMMANDS)] + commands()
     if NAMES in markdown:
         return markdown[: markdown.index(NAMES)] + names()
+    if SCHEMA in markdown:
+        return markdown[: markdown.index(SCHEMA)] + schema()
     return markdown
 
 
@@ -25,6 +28,12 @@ def commands() -> str:
     said(["--help"])  # adds all commands
     known = sorted(get_command(cli.app).commands)  # type: ignore[attr-defined]
     return "".join(f"## {name}\n\n```text\n{said([name, '--help'])}```\n\n" for name in known)
+
+
+def schema() -> str:
+    """Every field of an instance file."""
+    text = (Path(__file__).parent / "instances/README.md").read_text(encoding="utf-8")
+    return text.split("## Schema\n", 1)[1].split("\n## ", 1)[0]
 
 
 def said(arguments: list[str]) -> str:

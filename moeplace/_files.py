@@ -288,17 +288,28 @@ def check_output(path: PathLike, inputs: Iterable[PathLike] = ()) -> None:
             )
 
 
-def check_outputs(paths: Iterable[PathLike | None], inputs: Iterable[PathLike] = ()) -> None:
-    """`check_output` for each path that is given; no two may be the same file."""
-    given = [path for path in paths if path is not None]
-    for number, path in enumerate(given):
-        check_output(path, inputs)
+def check_outputs(paths: Iterable[PathLike | None], inputs: Iterable[PathLike | None] = ()) -> None:
+    """`check_output` for each path that is not None; no two may be one file.
+
+    Raises
+    ------
+    FormatError
+        If one of them cannot work, is an input or is another output, also by way of a link.
+    """
+    known = [given for given in inputs if given is not None]
+    checked: list[PathLike] = []
+    for path in paths:
+        if path is None:
+            continue
+        check_output(path, known)
         target = _target(path)
-        if not _special(target) and target in [_target(other) for other in given[:number]]:
-            raise FormatError(
-                f"{path}: is given for two outputs, and one would overwrite the other. "
-                "Choose another path."
-            )
+        for other in checked:
+            if not _special(target) and _same(target, Path(other)):
+                raise FormatError(
+                    f"{path}: is given for two outputs ({other} is the same file), and one would "
+                    "overwrite the other. Choose another path."
+                )
+        checked.append(path)
 
 
 def _target(path: PathLike) -> Path:
@@ -343,9 +354,12 @@ def _special(target: Path) -> bool:
 
 
 def _same(target: Path, given: Path) -> bool:
-    if target.exists() and given.exists():
-        return target.samefile(given)
-    return target == Path(os.path.realpath(given))
+    try:
+        if target.exists() and given.exists():
+            return target.samefile(given)
+        return target == Path(os.path.realpath(given))
+    except (OSError, ValueError):  # no path at all: its reader says so
+        return False
 
 
 def _decode(path: PathLike, data: bytes, kind: type[T], root: str = "$") -> T:

@@ -13,7 +13,7 @@ from moeplace._check import FloatArray
 from moeplace.errors import ProblemError
 from moeplace.evaluate import evaluate
 from moeplace.plan import Plan
-from moeplace.problem import Problem
+from moeplace.problem import Problem, check_problem
 from moeplace.topology import checked_trace
 
 #: Exchanges tried for each slot of a layer.
@@ -33,6 +33,7 @@ def coactivation(problem: Problem, trace: Any) -> FloatArray:
     ProblemError
         If the trace does not fit the problem.
     """
+    check_problem(problem)
     trace = checked_trace(problem, trace)
     experts = problem.experts
     count = np.zeros((problem.layers, experts, experts))
@@ -79,6 +80,7 @@ def gather(
     PlanError
         If the plan does not fit the problem.
     """
+    check_problem(problem)
     from moeplace.search.together import exchange  # compiled: imported to be used
 
     given = np.ascontiguousarray(together, dtype=np.float64)

@@ -16,7 +16,7 @@ from moeplace.dispatch import shares
 from moeplace.errors import ProblemError
 from moeplace.evaluate import check_fits
 from moeplace.plan import EMPTY, Plan, by_rank
-from moeplace.problem import Problem
+from moeplace.problem import Problem, check_problem
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,6 +63,7 @@ def over_batches(problem: Problem, plan: Plan, batches: int = 64, seed: int = 0)
     PlanError
         If the plan does not fit the problem.
     """
+    check_problem(problem)
     if problem.loads.passes is None:
         raise ProblemError(
             "Batches need tokens per forward pass: give the loads `passes`, the number of forward "

@@ -30,7 +30,7 @@ from moeplace.hardware import Cluster
 from moeplace.latency import Knots, tokens_by
 from moeplace.loads import LoadHistogram
 from moeplace.nodes_bound import affordable, share_groups
-from moeplace.problem import Problem
+from moeplace.problem import Problem, check_problem
 
 SLACK = 1e-12
 #: Sources of bounds that a constraint lifts: groups on nodes (a prefix), and few moves.
@@ -368,6 +368,7 @@ def lower_bound(problem: Problem, time_limit: float | None = None) -> Bound:
 
     Sharing groups out over nodes is left out where it may take most of the time limit (seconds).
     """
+    check_problem(problem)
     shape = (problem.windows, problem.layers)
     units = np.repeat(_units(problem)[:, None], problem.layers, axis=1)
     value, source = _search(problem, problem.tokens, problem.base, problem.fluid, units)
@@ -541,6 +542,12 @@ def recompute(problem: Problem, bound: Bound) -> None:
         If an argument does not refute every makespan below (1 - 1e-11) of its claim, or the
         total is more than the layers add up to. It names window, layer and argument.
     """
+    check_problem(problem)
+    if not isinstance(bound, Bound):
+        raise CertificateError(
+            f"A bound must be a moeplace.Bound, got {type(bound).__name__}: pass lower_bound's "
+            "answer, or a result's bound."
+        )
     shape = (problem.windows, problem.layers)
     if bound.per_layer.shape != shape or bound.source.shape != shape:
         raise CertificateError(

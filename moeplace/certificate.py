@@ -12,6 +12,7 @@ numbers; "moves" and "planes" add floating-point numbers with a margin wider tha
 and so does whatever contains an exponential.
 """
 
+import hashlib
 import math
 from bisect import bisect_left
 from collections import Counter
@@ -154,6 +155,38 @@ def write_certificate(result: Result, path: PathLike) -> None:
             "instance": as_file(result.problem),
         },
     )
+
+
+def digest(path: PathLike) -> str:
+    """SHA-256 of what a certificate says, whoever made it.
+
+    Bounds and prices count with ten digits and shares with nine decimals, so that another
+    processor's rounding does not make another certificate. Nothing is checked.
+
+    Raises
+    ------
+    FormatError
+        If the file cannot be read or is no certificate.
+    """
+    file = read_json(path, _File, header=(FORMAT, VERSION))
+    split = msgspec.json.decode(bytes(file.plan.split))
+    said = [
+        file.method, file.digest, file.plan.slots, _rounded(split, "{:.9f}"), file.coupled,
+        file.arguments, [[claim.layers, claim.by] for claim in file.claims],
+        *(_rounded(number, "{:.9e}") for number in (
+            file.objective, file.lower_bound, file.recomputed, file.bounds,
+            [[claim.weight, claim.value, claim.move_price, claim.replica_price]
+             for claim in file.claims],
+        )),
+    ]  # fmt: skip
+    return hashlib.sha256(msgspec.json.encode(said)).hexdigest()
+
+
+def _rounded(numbers: Any, form: str) -> Any:
+    """Nested lists of numbers as text."""
+    if isinstance(numbers, list):
+        return [_rounded(each, form) for each in numbers]
+    return None if numbers is None else form.format(numbers)
 
 
 def check(path: PathLike) -> Checked:

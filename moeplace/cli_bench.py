@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 
 from moeplace._files import check_output, write_text
-from moeplace.cli import REFUSED, AsJson, Dask, Ray, example, write, write_json
+from moeplace.cli_answers import write, write_json
+from moeplace.cli_options import REFUSED, AsJson, Dask, Quiet, Ray, example
 from moeplace.errors import ProblemError
+from moeplace.instances import shipped
 from moeplace.sweep import on_cluster
 
 
@@ -43,10 +45,24 @@ def bench(
     seeds: Annotated[
         str, typer.Option(metavar="N,...", help="Seeds of searches; not 0 to 4.")
     ] = "100",
-    time_limit: Annotated[float, typer.Option(metavar="SECONDS", help="Of each run.")] = 1.0,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Of each run; by default 1.", show_default=False),
+    ] = None,
+    work_limit: Annotated[
+        int | None,
+        typer.Option(
+            metavar="STEPS",
+            help="Search steps a layer instead: all but times is then the same on any machine.",
+            show_default=False,
+        ),
+    ] = None,
     jobs: Annotated[
-        int, typer.Option(metavar="N", help="Runs at once, which slows each of them.")
+        int, typer.Option(metavar="N", help="Runs, or checks, at once, which slows each of them.")
     ] = 1,
+    parquet: Annotated[
+        bool, typer.Option("--parquet", help="Write the table of runs as runs.parquet, too.")
+    ] = False,
     check: Annotated[
         bool,
         typer.Option("--check", help="Reproduce every row of best_known.csv; refused rows end 5."),
@@ -63,28 +79,38 @@ def bench(
     dask: Dask = None,
     ray: Ray = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure methods: a suite's table, a resumable table of runs, or the best known values."""
     if sum((suite is not None, check, update_best)) > 1:
         raise ProblemError("Give a suite, --check or --update-best, not two of them.")
+    if only and not check:
+        raise ProblemError("--only is for --check: give that too, or drop it.")
+    if (dask or ray) and (check or update_best):
+        raise ProblemError(
+            "--dask and --ray are for suites and tables of runs: give one, or drop them."
+        )
+    if not update_best:  # which writes there
+        instances = shipped(instances)
     if suite is not None:
         with on_cluster(dask, ray):
-            _suite(suite, out, instances, as_json)
+            _suite(suite, out, instances, as_json, quiet)
     elif check:
-        _check(instances, only, as_json)
+        _check(instances, only, jobs, as_json, quiet)
     elif update_best:
         from moeplace.best_known import update
 
         for line in update(instances):
-            write(line + "\n", sys.stderr)
+            _tell(line, quiet)
     elif out is None:
         raise ProblemError("Give a suite, --check, or a folder with --out.")
     else:
-        from moeplace.bench_table import Row, Settings, fill
+        from moeplace.bench_run import Row
+        from moeplace.bench_table import Settings, fill
 
         def told(row: Row) -> None:
             words = (row[key] for key in ("set", "instance", "method", "seed", "status", "ratio"))
-            write("  ".join(words) + "\n", sys.stderr)
+            _tell("  ".join(words), quiet)
 
         try:
             numbers = tuple(int(seed) for seed in seeds.split(","))
@@ -94,17 +120,25 @@ def bench(
             sets=tuple(sets.split(",")),
             methods=tuple(methods.split(",")),
             seeds=numbers,
-            time_limit=time_limit,
+            time_limit=1.0 if time_limit is None and work_limit is None else time_limit,
+            work_limit=work_limit,
             jobs=jobs,
         )
-        rows = fill(out, settings, instances, told)
+        with on_cluster(dask, ray):
+            rows = fill(out, settings, instances, told, parquet)
         if as_json:
             write_json({"out": str(out), "rows": rows})
-        else:
+        elif not quiet:
             write((out / "summary.md").read_text(encoding="utf-8"))
 
 
-def _suite(suite: str, out: Path | None, instances: Path, as_json: bool) -> None:
+def _tell(line: str, quiet: bool) -> None:
+    """Say on stderr how far it is."""
+    if not quiet:
+        write(line + "\n", sys.stderr)
+
+
+def _suite(suite: str, out: Path | None, instances: Path, as_json: bool, quiet: bool) -> None:
     from moeplace.bench import SUITES, markdown
 
     if suite not in SUITES:
@@ -114,31 +148,31 @@ def _suite(suite: str, out: Path | None, instances: Path, as_json: bool) -> None
     rows = []
     for row in SUITES[suite](instances):
         rows.append(row)
-        write("  ".join(f"{key} {value}" for key, value in row.items()) + "\n", sys.stderr)
+        _tell("  ".join(f"{key} {value}" for key, value in row.items()), quiet)
     text = markdown(suite, rows)
     if out is not None:
         write_text(out, text)
     if as_json:
         write_json({"suite": suite, "rows": rows})
-    else:
+    elif not quiet:
         write(text)
 
 
-def _check(instances: Path, only: str, as_json: bool) -> None:
+def _check(instances: Path, only: str, jobs: int, as_json: bool, quiet: bool) -> None:
     from moeplace.best_known import check
 
     rows = []
-    for row in check(instances, only):
+    for row in check(instances, only, jobs):
         rows.append(row)
         word = f"REFUSED: {row.refused}" if row.refused else f"reproduced, bound {row.bound}"
-        write(f"{row.instance} {row.routing}: {word}\n", sys.stderr)
+        _tell(f"{row.instance} {row.routing}: {word}", quiet)
     refused = [row for row in rows if row.refused]
     if as_json:
         write_json({
             "rows": len(rows),
             "refused": [f"{row.instance} {row.routing}: {row.refused}" for row in refused],
         })  # fmt: skip
-    else:
+    elif not quiet:
         write(f"{len(rows) - len(refused)} of {len(rows)} rows reproduced\n")
     if refused:
         raise typer.Exit(REFUSED)

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from moeplace.cli import INTERNAL, AsJson, write, write_json
+from moeplace.cli_answers import write, write_json
+from moeplace.cli_options import INTERNAL, AsJson
 
 logger = logging.getLogger(__name__)
 _CHECK = "from moeplace.integrations.planner import cached; raise SystemExit(0 if cached() else 3)"
@@ -44,7 +45,7 @@ def warm(
 
 def add_commands(app: typer.Typer) -> None:
     """Add the command to the app, once."""
-    from moeplace.cli import example
+    from moeplace.cli_options import example
 
     if warm not in {command.callback for command in app.registered_commands}:
         app.command(epilog=example("warm"))(warm)

@@ -1,12 +1,14 @@
 """The command `moeplace fit`."""
 
+import textwrap
 from typing import Annotated, Any, cast, get_args
 
 import numpy as np
 import typer
 
 from moeplace._files import read_bytes
-from moeplace.cli import AsJson, example, write, write_json
+from moeplace.cli_answers import write, write_json
+from moeplace.cli_options import AsJson, example
 from moeplace.compare import printable
 from moeplace.errors import ProblemError
 from moeplace.fit import Fit, Model, fit
@@ -14,6 +16,10 @@ from moeplace.loads import Phase
 from moeplace.passive import Passive, fit_totals
 from moeplace.profile import read_profile
 from moeplace.samples import Samples, read_samples, read_totals, same_setting
+from moeplace.tables import WIDTH, table
+
+#: Outliers and falls that the text shows.
+SHOWN = 8
 
 
 def fit_command(
@@ -133,11 +139,18 @@ def _text(fits: list[Fit]) -> str:
         gpus.append([printable(name), slow, f"{low:.4f} to {high:.4f}", str(last.tied[g])])
     parts += ["\n", _columns(gpus)]
     samples = last.samples
-    for i in last.outliers.tolist():
-        parts.append(f"\nOutlier, left out: {_sample(samples, i)}.")
-    for _, i, j in samples.falls:
-        parts.append(f"\nFalls: {_sample(samples, i)}, but {_sample(samples, j)}.")
-    return "".join(parts) + "\n"
+    left_out = [f"Outlier, left out: {_sample(samples, i)}." for i in last.outliers.tolist()]
+    fall = [
+        f"Falls: {_sample(samples, i)}, but {_sample(samples, j)}." for _, i, j in samples.falls
+    ]
+    lines = [*_first(left_out, "outliers left out"), *_first(fall, "falls")]
+    return "".join([*parts, *("\n" + textwrap.fill(line, WIDTH) for line in lines)]) + "\n"
+
+
+def _first(lines: list[str], what: str) -> list[str]:
+    """The first few, and how many more there are."""
+    more = len(lines) - SHOWN
+    return lines if more <= 0 else [*lines[:SHOWN], f"And {more:,} more {what}: see --json."]
 
 
 def _sample(samples: Samples, i: int) -> str:
@@ -174,22 +187,18 @@ def _passive_text(found: Passive) -> str:
             [str(g), f"{found.slowness[g]:.4f}", f"{low:.4f} to {high:.4f}", str(found.tied[g]),
              f"{100 * found.slowest[g]:.1f} %"]
         )  # fmt: skip
-    return (
+    model = (
         f"{1e6 * found.startup:.2f} us + {1e6 * found.activation:.3f} us per activated replica + "
-        f"{1e6 * found.compute:.5f} us per token x slowness; noise {100 * found.noise:.1f} %\n\n"
-        f"{_columns(rows)}"
+        f"{1e6 * found.compute:.5f} us per token x slowness; noise {100 * found.noise:.1f} %"
+    )
+    return (
+        f"{textwrap.fill(model, WIDTH)}\n\n{_columns(rows)}"
         "\nFrom layer totals: a rank is known by the passes in which it was the slowest.\n"
     )
 
 
 def _columns(rows: list[list[str]]) -> str:
-    """Lines of a table, its first column to the left and the others to the right."""
-    width = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
-    lines = []
-    for first, *rest in rows:
-        cells = [first.ljust(width[0]), *(c.rjust(w) for c, w in zip(rest, width[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip() + "\n")
-    return "".join(lines)
+    return "\n".join(table(rows)) + "\n"
 
 
 def add_commands(app: typer.Typer) -> None:

@@ -5,20 +5,17 @@ from typing import Annotated, Any, cast
 import typer
 
 from moeplace._files import check_outputs, write_json
-from moeplace.cli import (
+from moeplace.cli_answers import read_given, read_of_instance, write
+from moeplace.cli_answers import write_json as write_answer
+from moeplace.cli_options import (
     AsJson,
     FirstMoeLayer,
     Instance,
     PlanFormat,
     ProfileFile,
+    Quiet,
     SumWindows,
     example,
-    read_given,
-    read_of_instance,
-    write,
-)
-from moeplace.cli import (
-    write_json as write_answer,
 )
 from moeplace.compare import aligned, exact, percent
 from moeplace.errors import ProblemError
@@ -27,7 +24,9 @@ from moeplace.formats import write_plan
 from moeplace.migrate import Engine, migrate, relabel
 from moeplace.problem import Problem
 from moeplace.replan import Economy, propose
+from moeplace.result import Limits
 from moeplace.search.split import at_best_shares
+from moeplace.tables import table
 from moeplace.tradeoff import Point, tradeoff
 from moeplace.transfer import Links, Migration, Payback, payback
 
@@ -150,10 +149,10 @@ def migrate_command(
     ] = None,
     sum_windows: SumWindows = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Say what a change of plan moves, in which order, how long it takes and when it pays."""
-    inputs = [name for name in (instance, current, target) if name is not None]
-    check_outputs([out, stages], inputs)
+    check_outputs([out, stages], [instance, current, target, profile])
     given = read_given(instance, sum_windows, profile)
     problem = given.problem
     held = read_of_instance(current, plan_format, first_moe_layer, problem)
@@ -162,7 +161,17 @@ def migrate_command(
         raise ProblemError("--moves and --bytes choose a plan, and TARGET is one: give either.")
     if moves is not None and budget_bytes is not None:
         raise ProblemError("--moves and --bytes are two budgets: give one.")
+    Limits(time=time_limit)  # whether a solve will need it or not
     links = Links(intra=intra * GIGA, inter=inter * GIGA)
+    economy = Economy(
+        expert_bytes=max(sizes),
+        links=links,
+        steps=steps,
+        step_seconds=_guessed(problem, step_seconds),
+        slowdown=slowdown,
+        engine=cast(Engine, engine),
+        chunk=chunk,
+    )
     points: list[Point] = []
     if target is not None:
         wanted = read_of_instance(target, plan_format, first_moe_layer, problem)
@@ -180,20 +189,7 @@ def migrate_command(
         limited = [point for point in points if point.budget is not None]
         wanted = min(limited, key=lambda point: point.objective).plan
     else:
-        found = propose(
-            problem,
-            held,
-            Economy(
-                expert_bytes=max(sizes),
-                links=links,
-                steps=steps,
-                step_seconds=_guessed(problem, step_seconds),
-                slowdown=slowdown,
-                engine=cast(Engine, engine),
-                chunk=chunk,
-            ),
-            time_limit=time_limit,
-        )
+        found = propose(problem, held, economy, time_limit=time_limit)
         wanted, points = found.point.plan, list(found.points)
     before = at_best_shares(problem, held).objective
     moved = migrate(
@@ -228,6 +224,8 @@ def migrate_command(
                 "tradeoff": [_point(point) for point in points],
             }
         )
+        return
+    if quiet:
         return
     unit = problem.cluster.time_unit
     words = [
@@ -348,12 +346,8 @@ def _table(points: list[Point], unit: str) -> list[str]:
                 f"{point.kept:.1%}",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    ]
-    return ["", *table, f"step time in {unit}; no plan within a budget is below its bound"]
+    lines = table(rows, bars=[point.kept for point in points])
+    return ["", *lines, f"step time in {unit}; no plan within a budget is below its bound"]
 
 
 def _stages(moved: Migration, links: Links) -> dict[str, Any]:

@@ -10,18 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from moeplace.cli import (
-    INTERNAL,
-    AsJson,
-    Instance,
-    SumWindows,
-    example,
-    read_given,
-    write,
-    write_json,
-)
+from moeplace.cli_answers import read_given, write, write_json
+from moeplace.cli_options import BAD_INPUT, INTERNAL, AsJson, Instance, Quiet, SumWindows, example
 from moeplace.compare import aligned, printable
-from moeplace.errors import ReplayError
+from moeplace.errors import ProblemError
 from moeplace.formats import read_plan
 from moeplace.profile import measured_devices, read_profile, relative_speeds
 
@@ -138,7 +130,7 @@ def replay(
     named = [(path, read_plan(path)) for path in plans]
     known = None if profile is None else read_profile(profile)
     runtime = _runtime(
-        ranks or _started() or problem.ranks,
+        _first(ranks, _started(), problem.ranks),
         emulate,
         hidden=hidden,
         intermediate=intermediate,
@@ -222,12 +214,13 @@ def calibrate(
     timeout: Timeout = 3600.0,
     port: Port = 0,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure how fast every rank is, all at the same time, and write a profile."""
     from moeplace.replay import calibrate_ranks
 
     runtime = _runtime(
-        ranks or _started() or 1,
+        _first(ranks, _started(), 1),
         emulate,
         hidden=hidden,
         intermediate=intermediate,
@@ -263,6 +256,8 @@ def calibrate(
         ]
         write_json({"profile": out, "label": entries[0].label, "ranks": rows})
         return
+    if quiet:
+        return
     words = [
         ("profile", printable(out)),
         ("label", entries[0].label),
@@ -282,6 +277,11 @@ def _runtime(ranks: int, emulate: str, **options: Any) -> "Runtime":
     return Runtime(ranks=ranks, emulate=factors, **options)
 
 
+def _first(*values: int | None) -> int:
+    """The first that is given."""
+    return next(value for value in values if value is not None)
+
+
 def _started() -> int | None:
     """Ranks that torchrun (or the like) started, this process being one of them."""
     from moeplace.replay.settings import under_launcher
@@ -296,7 +296,8 @@ def _as_rank(run: "Callable[[], T]") -> "T":
     try:
         return run()
     except EchoError as cause:
-        raise typer.Exit(INTERNAL) from cause
+        code = BAD_INPUT if isinstance(cause, ProblemError) else INTERNAL
+        raise typer.Exit(code) from cause
 
 
 def _numbers(text: str, option: str, kind: "type[N]") -> "list[N] | None":
@@ -304,7 +305,7 @@ def _numbers(text: str, option: str, kind: "type[N]") -> "list[N] | None":
     try:
         return [kind(part) for part in text.split(",")] if text.strip() else None
     except ValueError as cause:
-        raise ReplayError(
+        raise ProblemError(
             f"{option} must be {kind.__name__} numbers separated by commas, got {text!r}."
         ) from cause
 

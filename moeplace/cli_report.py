@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from moeplace._files import check_output, write_text
-from moeplace.cli import (
+from moeplace.cli_answers import read_given, read_of_instance, write, write_json
+from moeplace.cli_options import (
     AsJson,
     FirstMoeLayer,
     Instance,
@@ -18,10 +19,6 @@ from moeplace.cli import (
     SumWindows,
     Workers,
     example,
-    read_given,
-    read_of_instance,
-    write,
-    write_json,
 )
 from moeplace.compare import percent, printable
 from moeplace.errors import ProblemError
@@ -67,8 +64,10 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """Write a report on an instance and plans: one HTML file, with figures, that works offline."""
+    from moeplace.bench_report import is_runs, report_runs
     from moeplace.figures import plotly
     from moeplace.report import report as page
+    from moeplace.report_observe import report_observed
     from moeplace.study import study
 
     plotly()  # before minutes of search
@@ -77,7 +76,10 @@ def report(
     if expert_bytes is not None and expert_bytes < 1:
         raise ProblemError(f"--expert-bytes must be at least 1, got {expert_bytes}.")
     if is_observed(instance):
-        _observed(instance, out, as_json, quiet)
+        _written(report_observed(instance), out, as_json, quiet)
+        return
+    if is_runs(instance):
+        _written(report_runs(instance), out, as_json, quiet)
         return
     given = read_given(instance, sum_windows, profile)
     named: dict[str, Plan] = {}
@@ -116,11 +118,8 @@ def report(
         )
 
 
-def _observed(folder: str, out: str, as_json: bool, quiet: bool) -> None:
-    """A report on decisions that were recorded inside an engine."""
-    from moeplace.report_observe import report_observed
-
-    text = report_observed(folder)
+def _written(text: str, out: str, as_json: bool, quiet: bool) -> None:
+    """A report on a folder: decisions that were recorded inside an engine, or runs of `bench`."""
     write_text(out, text)
     if as_json:
         write_json({"out": out, "bytes": len(text.encode())})

@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 from moeplace._files import check_output, write_text
-from moeplace.cli import AsJson, Dask, Ray, Workers, example, write, write_json
+from moeplace.cli_answers import write, write_json
+from moeplace.cli_options import AsJson, Dask, Quiet, Ray, Workers, example
+from moeplace.instances import shipped
 from moeplace.sweep import on_cluster
 
 
@@ -26,6 +28,7 @@ def reproduce(
     dask: Dask = None,
     ray: Ray = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Repeat a paper's experiments in form, its numbers beside ours."""
     from moeplace.reproduce import reproduce as repeat
@@ -35,16 +38,16 @@ def reproduce(
     with on_cluster(dask, ray):
         report = repeat(
             what,
-            instances,
+            shipped(instances),
             quick=quick,
             workers=workers,
-            tell=lambda line: sys.stderr.write(line + "\n"),
+            tell=lambda line: None if quiet else write(line + "\n", sys.stderr),
         )
     if out is not None:
         write_text(out, report.markdown())
     if as_json:
         write_json(report.to_json())
-    else:
+    elif not quiet:
         write(report.markdown())
 
 

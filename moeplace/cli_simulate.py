@@ -7,18 +7,8 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from moeplace.cli import (
-    AsJson,
-    Dask,
-    Instance,
-    Ray,
-    Seed,
-    Workers,
-    example,
-    read_given,
-    write,
-    write_json,
-)
+from moeplace.cli_answers import read_given, write, write_json
+from moeplace.cli_options import AsJson, Dask, Instance, Ray, Seed, Workers, example
 from moeplace.compare import aligned, printable
 from moeplace.errors import ProblemError
 from moeplace.formats import read_plan
@@ -27,11 +17,13 @@ from moeplace.plan import Plan
 from moeplace.policies import POLICIES
 from moeplace.problem import Problem
 from moeplace.requests import PROFILES, SPREAD, Profiles, Requests, read_requests
+from moeplace.result import Limits
 from moeplace.service import Service, Slo
-from moeplace.service_table import intervals, ratios, table, to_json
+from moeplace.service_table import figures, intervals, ratios, to_json
 from moeplace.simulate import (
     Change,
     Engine,
+    check_attainment,
     disaggregated,
     goodput,
     rehearse,
@@ -165,6 +157,14 @@ def simulate_command(
         )
     if not 1 <= seeds <= 1000:
         raise ProblemError(f"--seeds must be from 1 to 1000, got {seeds}.")
+    check_attainment(attainment)
+    Limits(time=time_limit)
+    if workers < 1:
+        raise ProblemError(f"--workers must be a whole number from 1, got {workers}.")
+    slo = Slo(
+        ttft=np.inf if slo_ttft is None else 1e-3 * slo_ttft,
+        tpot=np.inf if slo_tpot is None else 1e-3 * slo_tpot,
+    )
     given = read_given(instance, False, profile, "planes" if profile else "speed")
     problem = in_seconds(given.problem, tokens_per_second)
     engine = Engine(
@@ -182,10 +182,6 @@ def simulate_command(
                            .problem, tokens_per_second)  # fmt: skip
         later = (other, {name: _plan(other, name, time_limit, seed) for name in names})
     changes = [_change(text, problem, time_limit, seed) for text in replan or ()]
-    slo = Slo(
-        ttft=np.inf if slo_ttft is None else 1e-3 * slo_ttft,
-        tpot=np.inf if slo_tpot is None else 1e-3 * slo_tpot,
-    )
 
     def stream(one: int) -> tuple[Requests, Profiles]:
         profiles = Profiles.of(problem.loads, count=PROFILES, spread=spread, seed=one)
@@ -235,7 +231,7 @@ def simulate_command(
         ("serving", f"simulated, {phase}; {count:,} requests, {come}; seeds {seeds}"),
         ("profiles", f"{PROFILES}, spread {spread:g}; passes of up to {max_tokens:,} tokens"),
     ]
-    write("\n".join([*aligned(words), "", *table(found)]) + "\n")
+    write("\n".join([*aligned(words), "", *figures(found)]) + "\n")
 
 
 def in_seconds(problem: Problem, tokens_per_second: float | None) -> Problem:

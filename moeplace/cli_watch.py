@@ -7,15 +7,8 @@ from typing import Annotated, Any, cast
 import typer
 
 from moeplace._files import check_outputs
-from moeplace.cli import (
-    AsJson,
-    ProfileFile,
-    example,
-    parse_range,
-    read_given,
-    read_of_instance,
-    write,
-)
+from moeplace.cli_answers import read_given, read_of_instance, write
+from moeplace.cli_files import parse_range
 from moeplace.cli_migrate import (
     GIGA,
     Chunk,
@@ -28,13 +21,12 @@ from moeplace.cli_migrate import (
     TimeLimit,
     sizes_of,
 )
+from moeplace.cli_options import AsJson, ProfileFile, Quiet, example
 from moeplace.compare import printable
 from moeplace.drift import Monitor
 from moeplace.errors import ProblemError
-from moeplace.formats.loads import FORMATS
 from moeplace.migrate import Engine
 from moeplace.replan import Economy
-from moeplace.result import Limits
 from moeplace.tradeoff import BUDGETS
 from moeplace.transfer import Links
 
@@ -136,37 +128,31 @@ def watch_command(
     ] = False,
     time_limit: TimeLimit = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Follow a folder of load dumps; write a new plan when it pays, and log every decision."""
     from moeplace.watch import Watch
 
     state, log = state or f"{out}.state.json", log or f"{out}.log.jsonl"
-    inputs = [path for path in (instance, plan, profile) if path is not None]
-    check_outputs([out, state, log], inputs)
-    if not (0 < interval < float("inf")):
-        raise ProblemError(f"--interval must be a number of seconds above 0, got {interval!r}.")
-    if load_format is not None and load_format not in FORMATS:
-        raise ProblemError(
-            f"--format must be one of {', '.join(sorted(FORMATS))}, got {load_format!r}."
-        )
-    if passes is not None and not passes > 0:
-        raise ProblemError(f"--passes must be above 0, got {passes!r}.")
+    check_outputs([out, state, log], [instance, plan, profile])
+    if not 0 < interval <= 1e6:
+        raise ProblemError(f"--interval must be above 0, at most 1e6 seconds, got {interval!r}.")
     if moves is not None and moves < 1:
         raise ProblemError(f"--moves must be a whole number from 1, got {moves!r}.")
-    Limits(time=time_limit)  # refuses what is none
     problem = read_given(instance, False).problem
-    economy = None
-    if expert_bytes is not None:
-        economy = Economy(
-            expert_bytes=max(sizes_of(expert_bytes, problem)),
-            links=Links(intra=intra * GIGA, inter=inter * GIGA),
-            steps=steps,
-            step_seconds=step_seconds,
-            mode=cast(Any, mode),
-            slowdown=slowdown,
-            engine=cast(Engine, engine),
-            chunk=chunk,
-        )
+    # Built, and so checked, whether it is used or not.
+    costs = Economy(
+        expert_bytes=1 if expert_bytes is None else max(sizes_of(expert_bytes, problem)),
+        links=Links(intra=intra * GIGA, inter=inter * GIGA),
+        steps=steps,
+        step_seconds=step_seconds,
+        mode=cast(Any, mode),
+        slowdown=slowdown,
+        engine=cast(Engine, engine),
+        chunk=chunk,
+    )
+    economy = None if expert_bytes is None else costs
+    if economy is not None:
         economy.before(problem, 0.0)  # seconds are known, or said to be missing now
     held = read_of_instance(plan, "moeplace", None, problem)
     monitor = Monitor(
@@ -192,7 +178,10 @@ def watch_command(
     )
 
     def heard(line: dict[str, Any]) -> None:
-        write(json.dumps(line) + "\n" if as_json else _said(line))
+        if as_json:
+            write(json.dumps(line) + "\n")
+        elif not quiet:
+            write(_said(line))
 
     while True:
         follower.poll(heard, settled=once)

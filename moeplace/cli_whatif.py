@@ -1,11 +1,13 @@
 """The commands `moeplace whatif` (what a change would buy) and `moeplace robust`."""
 
+import textwrap
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
-from moeplace.cli import (
+from moeplace.cli_answers import read_given, write, write_json
+from moeplace.cli_options import (
     AsJson,
     Dask,
     Instance,
@@ -15,12 +17,10 @@ from moeplace.cli import (
     SumWindows,
     Workers,
     example,
-    read_given,
-    write,
-    write_json,
 )
 from moeplace.compare import aligned, exact
 from moeplace.sweep import on_cluster
+from moeplace.tables import WIDTH, table
 from moeplace.whatif import GOOD, SECONDS, Answer
 
 
@@ -45,6 +45,14 @@ def whatif(
     time_limit: Annotated[
         float, typer.Option(metavar="SECONDS", help="Wall time of all answers together.")
     ] = SECONDS,
+    work_limit: Annotated[
+        int | None,
+        typer.Option(
+            metavar="STEPS",
+            help="Search steps of each solve instead: the same inputs then give the same answers.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Seed = 0,
     workers: Workers = 1,
     profile: ProfileFile = None,
@@ -64,6 +72,7 @@ def whatif(
             decode=other,
             slots_most=slots_most,
             time_limit=time_limit,
+            work_limit=work_limit,
             workers=workers,
             seed=seed,
         )
@@ -105,16 +114,11 @@ def _answer(answer: Answer) -> dict[str, Any]:
 
 
 def _rows(answers: tuple[Answer, ...]) -> list[str]:
-    rows = [("change", "step time", "at best", "")]
+    rows = [("change", "step time", "at best")]
     rows += [
-        (answer.question, _signed(answer.change), _signed(answer.at_best), answer.note)
-        for answer in answers[1:]
+        (answer.question, _signed(answer.change), _signed(answer.at_best)) for answer in answers[1:]
     ]
-    wide = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = [
-        f"{question:<{wide[0]}}  {change:>{wide[1]}}  {best:>{wide[2]}}  {note}".rstrip()
-        for question, change, best, note in rows
-    ]
+    lines = table(rows, notes=[answer.note for answer in answers[1:]])
     return [*lines, "step time: of the plan found. at best: proven, no plan does better."]
 
 
@@ -139,18 +143,22 @@ def robust(
         for name, parts in folds(problem).items()
     }
     if as_json:
-        rows = {name: [asdict(score) for score in each] for name, each in found.items()}
-        write_json({"instance": instance, "verdict": verdict(found), "folds": rows})
+        folded = {name: [asdict(score) for score in each] for name, each in found.items()}
+        write_json({"instance": instance, "verdict": verdict(found), "folds": folded})
         return
     lines = []
     for name, each in found.items():
-        lines += ["", f"{name:<20}  in sample  held out     worst  against the sum"]
-        lines += [
-            f"{score.planned_on:<20}  {score.in_sample:9.4f} {score.held_out:9.4f} "
-            f"{score.worst:9.4f}  {score.against_sum:+15.1%}"
+        head = (f"{name:<19}", "in sample", "held out", "worst", "against the sum")
+        rows = [
+            (score.planned_on, f"{score.in_sample:.4f}", f"{score.held_out:.4f}",
+             f"{score.worst:.4f}", f"{score.against_sum:+.1%}")
             for score in each
-        ]
-    write("\n".join([*aligned(given.words), *lines, "", verdict(found)]) + "\n")
+        ]  # fmt: skip
+        above = [score.held_out - 1 for score in each]
+        most = max(*above, 1e-9)
+        lines += ["", *table([head, *rows], bars=[x / most for x in above])]
+    said = ["bar: held out, above the bound", *textwrap.wrap(verdict(found), WIDTH)]
+    write("\n".join([*aligned(given.words), *lines, "", *said]) + "\n")
 
 
 _COMMANDS = (

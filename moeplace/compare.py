@@ -11,9 +11,10 @@ from moeplace.evaluate import Evaluation
 from moeplace.plan import Plan
 from moeplace.policies import POLICIES, planning_loads
 from moeplace.policies.vibe import vibe_assignment
-from moeplace.problem import Problem
+from moeplace.problem import Problem, check_problem
 from moeplace.result import Result
 from moeplace.search.split import at_best_shares
+from moeplace.tables import WIDTH, table
 from moeplace.topology import traffic
 
 #: What `compare` prices unless told otherwise: what engines start with, the published balancers
@@ -22,8 +23,6 @@ RIVALS = ("contiguous", "eplb", "eplb_lpt", "vibe")
 
 #: Headings of `cells`: the imbalance ratio in total, then of the layers mean and worst.
 COLUMNS = ("method", "step time", "imbalance", "mean layer", "worst", "moves")
-
-WIDTH = 80
 
 _LABELS = {"eplb_lpt": "eplb + speed-aware LPT", "auto": "moeplace (auto)"}
 _UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
@@ -78,6 +77,7 @@ def compare(
     -------
     list of Row
     """
+    check_problem(problem)
     held = _held(problem)
     rows = []
     if problem.max_moves is not None:
@@ -129,18 +129,18 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """Text of each row under `COLUMNS`; times in one unit, that of the last row with a price."""
     priced = [row.evaluation for row in rows if row.evaluation is not None]
     like = priced[-1].objective if priced else 0.0
-    table: list[tuple[str, ...]] = []
+    texts: list[tuple[str, ...]] = []
     for row in rows:
         if row.evaluation is None:
-            table.append((row.label, "n/a", "", "", "", ""))
+            texts.append((row.label, "n/a", "", "", "", ""))
             continue
         found = row.evaluation
         label = row.label if found.legal else f"{row.label} *"
         time = amount(found.objective, found.problem.cluster.time_unit, like)
         ratios = (found.imbalance, float(found.ratio.mean()), float(found.ratio.max()))
         moves = "n/a" if row.moves is None else f"{row.moves:,}"
-        table.append((label, time, *map(_ratio, ratios), moves))
-    return table
+        texts.append((label, time, *map(_ratio, ratios), moves))
+    return texts
 
 
 def sent(rows: Sequence[Row], hidden: int, top_k: float) -> list[tuple[str, float, float]]:
@@ -174,13 +174,7 @@ def summary(result: Result) -> str:
     """The result in plain text of at most 80 columns, with contiguous and eplb beside it."""
     lines = aligned(facts(result))
     rows = compare(result.problem, result, methods=("contiguous", "eplb"))
-    table = [COLUMNS, *cells(rows)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(COLUMNS))]
-    lines.append("")
-    for row in table:
-        padded = [f"{text:>{width}}" for text, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join([f"{row[0]:<{widths[0]}}", *padded]).rstrip())
-    return "\n".join([*lines, *notes(result.problem, rows)])
+    return "\n".join([*lines, "", *table([COLUMNS, *cells(rows)]), *notes(result.problem, rows)])
 
 
 def facts(result: Result) -> list[tuple[str, str]]:

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from moeplace._check import BoolArray, FloatArray
+from moeplace.errors import ProblemError
 from moeplace.loads import LoadHistogram
 
 Name = Literal[
@@ -67,6 +68,11 @@ def diagnose(loads: LoadHistogram) -> tuple[Finding, ...]:
     tuple of Finding
         One of each name at most, in the order of NAMES.
     """
+    if not isinstance(loads, LoadHistogram):
+        raise ProblemError(
+            f"Loads must be a moeplace.LoadHistogram, got {type(loads).__name__}: build one from "
+            "tokens, or read them (read_loads)."
+        )
     rules: tuple[Callable[[LoadHistogram], Finding | None], ...] = (
         _empty,
         _totals,

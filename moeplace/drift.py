@@ -19,7 +19,7 @@ from moeplace.errors import ProblemError
 from moeplace.evaluate import check_fits, evaluate
 from moeplace.loads import LoadHistogram
 from moeplace.plan import EMPTY, Plan
-from moeplace.problem import Problem
+from moeplace.problem import Problem, check_problem
 from moeplace.search.split import at_best_shares
 
 Trigger = Literal["regret", "cosine", "max-mean"]
@@ -114,6 +114,7 @@ class Monitor:
         pool: int | None = None,
         seed: int = 0,
     ) -> None:
+        check_problem(problem)
         if trigger not in get_args(Trigger):
             choices = ", ".join(get_args(Trigger))
             raise ProblemError(f"Trigger must be one of {choices}, got {trigger!r}.")

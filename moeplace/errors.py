@@ -9,7 +9,7 @@
     ├── FormatError (ValueError)         a file is not what it should be
     ├── SolverError                      a solver contradicts our own evaluation
     ├── CertificateError                 a claimed bound could not be recomputed
-    ├── ReplayError                      a run on devices failed, or cannot be made as asked
+    ├── ReplayError                      a run on devices failed, or these cannot make it
     └── MissingExtraError (ImportError)  an optional dependency is not installed
 
 Every message says what is wrong, which rule it breaks, the value, the place and the remedy.
@@ -45,7 +45,7 @@ class CertificateError(MoeplaceError):
 
 
 class ReplayError(MoeplaceError):
-    """A replay or calibration failed, or cannot run as asked on these ranks."""
+    """A replay or calibration failed, or these ranks cannot run it."""
 
 
 class MissingExtraError(MoeplaceError, ImportError):

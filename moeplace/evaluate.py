@@ -8,8 +8,8 @@ import numpy as np
 from moeplace._check import FloatArray
 from moeplace.dispatch import shares
 from moeplace.errors import PlanError
-from moeplace.plan import EMPTY, Plan
-from moeplace.problem import Problem
+from moeplace.plan import EMPTY, Plan, check_plan
+from moeplace.problem import Problem, check_problem
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,6 +32,8 @@ class Evaluation:
         Mean or worst window of `step_seconds`.
     violations : tuple of str
         Constraints that the plan breaks, and duplicates on a rank; empty for a legal plan.
+    off_node_excess : array [windows, layers] or None
+        Under `MaxOffNode`, by how much the share of copies that leave their node is above what may.
     """
 
     problem: Problem
@@ -42,6 +44,7 @@ class Evaluation:
     step_seconds: FloatArray
     objective: float
     violations: tuple[str, ...]
+    off_node_excess: FloatArray | None = None
 
     @property
     def legal(self) -> bool:
@@ -87,6 +90,11 @@ def evaluate(problem: Problem, plan: Plan) -> Evaluation:
     tokens = problem.base + by_rank.sum(axis=3)
     seconds = problem.cluster.seconds(tokens, problem.cluster.activated(by_rank))
     makespan = seconds.max(axis=2)
+    excess = None
+    if problem.max_off_node is not None:
+        from moeplace.topology import off_node_excess  # which prices plans too
+
+        excess = off_node_excess(problem, plan, problem.max_off_node)
     return Evaluation(
         problem=problem,
         plan=plan,
@@ -95,17 +103,15 @@ def evaluate(problem: Problem, plan: Plan) -> Evaluation:
         makespan=makespan,
         step_seconds=problem.step_seconds(makespan),
         objective=problem.total(makespan),
-        violations=violations(problem, plan, tokens),
+        violations=_violations(problem, plan, tokens, excess),
+        off_node_excess=excess,
     )
 
 
 def check_fits(problem: Problem, plan: Plan) -> None:
-    """Raise PlanError if the plan is for another shape than the problem."""
-    if not isinstance(plan, Plan):
-        raise PlanError(
-            f"A plan must be a moeplace.Plan, got {type(plan).__name__}: build one from slots, "
-            "rank_slots and experts."
-        )
+    """Raise PlanError if the plan is for another shape than the problem, or no plan."""
+    check_problem(problem)
+    check_plan(plan)
     for name, mine, theirs in (
         ("layers", plan.layers, problem.layers),
         ("experts", plan.experts, problem.experts),
@@ -118,10 +124,13 @@ def check_fits(problem: Problem, plan: Plan) -> None:
             )
 
 
-def violations(problem: Problem, plan: Plan, tokens: FloatArray) -> tuple[str, ...]:
+def _violations(
+    problem: Problem, plan: Plan, tokens: FloatArray, excess: FloatArray | None
+) -> tuple[str, ...]:
     """Every rule of the problem that the plan breaks, a sentence each.
 
-    `tokens` [windows, layers, ranks] is what ranks run under the plan.
+    `tokens` [windows, layers, ranks] is what ranks run under the plan, `excess`
+    [windows, layers] what leaves nodes beyond `MaxOffNode`.
     """
     found = [
         f"layer {layer}: rank {rank} holds two replicas of one expert"
@@ -129,10 +138,12 @@ def violations(problem: Problem, plan: Plan, tokens: FloatArray) -> tuple[str, .
     ]
     for constraint in problem.constraints:
         found += constraint.violations(plan, problem.cluster, tokens)
-    if problem.max_off_node is not None:
-        from moeplace.topology import off_node_violations  # which prices plans too
-
-        found += off_node_violations(problem, plan, problem.max_off_node)
+    if excess is not None and (most := problem.max_off_node) is not None:
+        found += [
+            f"layer {layer}: {most + excess[window, layer]:.6g} of the copies in window {window} "
+            f"leave their node, at most {most:g} may"
+            for window, layer in np.argwhere(excess > 0)
+        ]
     return tuple(found)
 
 

@@ -7,6 +7,7 @@ inks a middle grey, readable on light and dark pages. Needs `pip install 'moepla
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +34,8 @@ STYLES = (
     (GREEN, "longdash", "triangle-up"),
     (BLUE, "solid", "triangle-down"),
 )
+#: Gaps on axes, as per cent: 0.002%.
+GAPS = "~%"
 INK, GRID = "#767676", "rgba(128,128,128,0.25)"
 #: Gaps below this are drawn there: a log scale has no zero.
 LEAST_GAP = 1e-7
@@ -93,7 +96,7 @@ def rank_times(
             "layer" if number == 0 else "", autorange="reversed", anchor=f"x{place}"
         )
         figure.add_annotation(
-            text=_text(name), x=left, y=1.0, xref="paper", yref="paper", xanchor="left",
+            text=shown(name), x=left, y=1.0, xref="paper", yref="paper", xanchor="left",
             yanchor="bottom", showarrow=False,
         )  # fmt: skip
     figure.update_layout(
@@ -131,7 +134,7 @@ def layer_bounds(
         x=layers, y=bound, marker_color="rgba(128,128,128,0.35)", name="bound",
         hovertemplate=f"layer %{{x}}: no plan is below %{{y:.6g}} {unit}<extra>bound</extra>",
     )  # fmt: skip
-    for (name, cost), style in zip(makespans.items(), _styles(len(makespans)), strict=True):
+    for (name, cost), style in zip(makespans.items(), styles(len(makespans)), strict=True):
         colour, dash, marker = style
         line = {"color": colour, "dash": dash, "width": 2, "shape": "hvh"}
         figure.add_scatter(
@@ -143,16 +146,18 @@ def layer_bounds(
             marker={"color": colour, "symbol": marker, "size": 6}, name=name,
             hovertemplate="layer %{x}: gap %{y:.2e}<extra>%{fullData.name}</extra>",
         )  # fmt: skip
-    _name_ends(
+    name_ends(
         figure,
         [(name, float(np.log10(max(over(cost, bound)[-1], LEAST_GAP))), style[0])
-         for (name, cost), style in zip(makespans.items(), _styles(len(makespans)), strict=True)],
+         for (name, cost), style in zip(makespans.items(), styles(len(makespans)), strict=True)],
         axis="y2", floor=0.28,
     )  # fmt: skip
     figure.update_layout(
         xaxis=axis("layer", anchor="y2"),
         yaxis=axis(f"time ({unit})", domain=[0.55, 1.0], rangemode="tozero"),
-        yaxis2=axis("gap (log)", domain=[0.0, 0.45], type="log", exponentformat="power"),
+        yaxis2=gap_axis(
+            "gap (log)", [over(cost, bound) for cost in makespans.values()], domain=[0.0, 0.45]
+        ),
     )
     return dressed(figure, height=480, right=130)
 
@@ -194,7 +199,7 @@ def load_curve(tokens: FloatArray) -> "Figure":
                 "<extra>%{fullData.name}</extra>",
             )  # fmt: skip
             named.append((name, float(curve[curve.size // 2]), colour))
-    _name_ends(figure, named, floor=0.07, at=0.5, left=True)
+    name_ends(figure, named, floor=0.07, at=0.5, left=True)
     figure.update_layout(
         xaxis=axis("share of experts, busiest first", tickformat=".0%", range=[0, 1]),
         yaxis=axis("share of tokens", tickformat=".0%", range=[0, 1.02]),
@@ -229,7 +234,7 @@ def replicas(plans: Mapping[str, IntArray], tokens: FloatArray) -> "Figure":
     order = np.argsort(-tokens, axis=1, kind="stable")
     place = np.arange(1, tokens.shape[1] + 1)
     ends = []
-    for (name, count), (colour, dash, _) in zip(plans.items(), _styles(len(plans)), strict=True):
+    for (name, count), (colour, dash, _) in zip(plans.items(), styles(len(plans)), strict=True):
         mean = np.take_along_axis(count, order, axis=1).mean(axis=0)
         figure.add_scatter(
             x=place, y=mean, mode="lines", name=name,
@@ -237,7 +242,7 @@ def replicas(plans: Mapping[str, IntArray], tokens: FloatArray) -> "Figure":
             hovertemplate="expert %{x} by load: %{y:.2f} replicas<extra>%{fullData.name}</extra>",
         )  # fmt: skip
         ends.append((name, float(np.log10(max(mean[0], 1e-3))), colour))
-    _name_ends(figure, ends, floor=0.07, at=0.0, left=True, log_x=True)
+    name_ends(figure, ends, floor=0.07, at=0.0, left=True)
     figure.update_layout(
         xaxis=axis(
             "experts of a layer, busiest first (log)",
@@ -254,7 +259,7 @@ def moves(received: Mapping[str, IntArray]) -> "Figure":
     figure = plotly().Figure()
     ends = []
     for (name, count), (colour, dash, _) in zip(
-        received.items(), _styles(len(received) + 1)[1:], strict=True
+        received.items(), styles(len(received) + 1)[1:], strict=True
     ):
         figure.add_scatter(
             x=np.arange(count.size), y=count, mode="lines", name=name,
@@ -263,7 +268,7 @@ def moves(received: Mapping[str, IntArray]) -> "Figure":
         )  # fmt: skip
         ends.append((name, float(count[-1]), colour))
     most = max((float(count.max()) for count in received.values()), default=1.0)
-    _name_ends(figure, ends, floor=0.08 * max(most, 1.0))
+    name_ends(figure, ends, floor=0.13 * max(most, 1.0))
     figure.update_layout(xaxis=axis("layer"), yaxis=axis("copies received", rangemode="tozero"))
     return dressed(figure, height=300, right=130)
 
@@ -296,10 +301,10 @@ def pareto(points: Sequence[Point], *, unit: str = "s", moved: str = "bytes") ->
         )  # fmt: skip
     price = [point.objective for point in points]
     height = max(max(price) - min(point.lower_bound for point in points), 1e-12)
-    _name_ends(
+    name_ends(
         figure,
         [("best plan found", price[0], BLUE), ("proven bound", points[0].lower_bound, INK)],
-        floor=0.08 * height, at=x[0], left=True,
+        floor=0.11 * height, at=x[0], left=True,
     )  # fmt: skip
     figure.update_layout(
         xaxis=axis(f"moved ({what})"), yaxis=axis(f"step time ({unit})", tickformat=".4~s")
@@ -326,16 +331,16 @@ def convergence(progress: Sequence[Progress], *, unit: str = "s") -> "Figure":
         hovertemplate="%{x:.3g} s: gap %{y:.2e}<extra></extra>",
     )  # fmt: skip
     height = max(max(prices) - min(bounds), 1e-12)
-    _name_ends(
+    name_ends(
         figure, [("best plan", prices[0], BLUE), ("bound", bounds[0], INK)],
         floor=0.25 * height, at=x[0], left=True,
     )  # fmt: skip
     figure.update_layout(
         xaxis=axis("seconds", anchor="y2"),
-        yaxis=axis(f"step time ({unit})", domain=[0.58, 1.0], tickformat=".4~s"),
-        yaxis2=axis("gap (log)", domain=[0.0, 0.42], type="log", exponentformat="power"),
+        yaxis=axis(f"time ({unit})", domain=[0.58, 1.0], tickformat=".5~s"),
+        yaxis2=gap_axis("gap (log)", [[each.gap for each in progress]], domain=[0.0, 0.42]),
     )
-    return dressed(figure, height=400)
+    return dressed(figure, height=440)
 
 
 def changes(answers: Sequence[Answer]) -> "Figure":
@@ -344,10 +349,14 @@ def changes(answers: Sequence[Answer]) -> "Figure":
     told = [each for each in answers if each.change is not None]
     asked = Counter(each.question for each in told)
     names = [
-        _text(
-            each.question
-            if asked[each.question] == 1
-            else f"{each.question}, {each.note.split(';')[0]}"
+        "<br>".join(
+            shown(line)
+            for line in wrap(
+                each.question
+                if asked[each.question] == 1
+                else f"{each.question}, {each.note.split(';')[0]}",
+                30,
+            )
         )
         for each in told
     ]
@@ -361,68 +370,20 @@ def changes(answers: Sequence[Answer]) -> "Figure":
         hovertemplate="%{y}: %{x:+.3%} at best, proven<extra></extra>",
     )  # fmt: skip
     figure.update_layout(
-        xaxis=axis("change of the step time; bar: plan found, stroke: at best", tickformat="+.1%"),
+        xaxis=axis("change of the step time", tickformat="+~%"),
         yaxis={**axis(""), "autorange": "reversed", "automargin": True},
     )
-    return dressed(figure, height=90 + 26 * max(len(told), 1))
+    return dressed(figure, height=90 + 38 * max(len(told), 1))
 
 
-def profile(shares: Mapping[str, FloatArray], factors: FloatArray) -> "Figure":
-    """Performance profile: share of instances solved within a factor of the fastest method.
-
-    Parameters
-    ----------
-    shares : mapping of method to array [points]
-    factors : array [points]
-        From 1, as of `moeplace.bench_stats.performance_profile`.
-    """
-    return _steps(shares, factors, "factor of the fastest time (log)", "%{x:.3g} times")
-
-
-def gap_curve(gaps: Mapping[str, FloatArray]) -> "Figure":
-    """Share of instances within a gap, in a log scale; runs without a plan have an infinite one.
-
-    Parameters
-    ----------
-    gaps : mapping of method to array [instances]
-    """
-    known = [gap[np.isfinite(gap)] for gap in gaps.values()]
-    at = np.unique(np.maximum(np.concatenate([*known, [LEAST_GAP]]), LEAST_GAP))
-    shares = {
-        name: np.searchsorted(np.sort(np.maximum(gap, LEAST_GAP)), at, side="right") / gap.size
-        for name, gap in gaps.items()
-    }
-    return _steps(shares, at, "gap to the proven bound (log)", "gap %{x:.2e}")
-
-
-def _steps(shares: Mapping[str, FloatArray], at: FloatArray, title: str, what: str) -> "Figure":
-    """Shares of instances as steps over a log scale, each named where it ends."""
-    figure = plotly().Figure()
-    styles = _styles(len(shares))
-    for (name, share), (colour, dash, _) in zip(shares.items(), styles, strict=True):
-        figure.add_scatter(
-            x=at, y=share, mode="lines", name=name,
-            line={"color": colour, "dash": dash, "shape": "hv"},
-            hovertemplate=f"{what}: %{{y:.0%}} of instances<extra>%{{fullData.name}}</extra>",
-        )  # fmt: skip
-    ends = [(name, float(share[-1]), style[0])
-            for (name, share), style in zip(shares.items(), styles, strict=True)]  # fmt: skip
-    _name_ends(figure, ends, floor=0.08)
-    figure.update_layout(
-        xaxis=axis(title, type="log", exponentformat="power"),
-        yaxis=axis("share of instances", tickformat=".0%", range=[0, 1.05]),
-    )
-    return dressed(figure, height=380, right=130)
-
-
-def _styles(count: int) -> list[tuple[str, str, str]]:
+def styles(count: int) -> list[tuple[str, str, str]]:
     """Styles of so many plans: the last one is always ours, in blue."""
     if count > len(STYLES):
         return [STYLES[i % (len(STYLES) - 1)] for i in range(count - 1)] + [STYLES[-1]]
     return [*STYLES[: count - 1], STYLES[-1]] if count else []
 
 
-def _name_ends(
+def name_ends(
     figure: Any,
     ends: Sequence[tuple[str, float, str]],
     *,
@@ -430,20 +391,31 @@ def _name_ends(
     axis: str = "y",
     at: float | None = None,
     left: bool = False,
-    log_x: bool = False,
+    ceiling: float = np.inf,
 ) -> None:
-    """Names beside their lines: at the right end, or at x; `floor` apart."""
-    lowest = -np.inf
-    for name, y, colour in sorted(ends, key=lambda end: end[1]):
-        y = max(y, lowest + floor)
-        lowest = y
+    """Names beside their lines: at the right end, or at x; `floor` apart, none above `ceiling`."""
+    ends = sorted(ends, key=lambda end: end[1])
+    places: list[float] = []
+    for _, y, _ in ends:
+        places.append(max(y, places[-1] + floor) if places else y)
+    highest = ceiling + floor
+    for number in reversed(range(len(places))):
+        highest = places[number] = min(places[number], round(highest - floor, 9))
+    for (name, _, colour), y in zip(ends, places, strict=True):
         right = {"x": 1.0, "xref": "paper"} if at is None else {"x": at, "xref": "x"}
         figure.add_annotation(
-            text=_text(name), y=y, yref=axis, xanchor="left", showarrow=False, align="left",
-            xshift=6 if not left else 8, yshift=0 if not left else 8,
-            font={"color": INK}, bgcolor="rgba(255,255,255,0.85)", bordercolor=colour,
-            borderwidth=1, borderpad=2, **right,
+            y=y, yref=axis, xanchor="left", xshift=6 if not left else 8,
+            yshift=0 if not left else 8, **label(name, colour), **right,
         )  # fmt: skip
+
+
+def label(name: str, colour: str) -> dict[str, Any]:
+    """A name in a frame of its line's colour, as an annotation."""
+    return {
+        "text": shown(name), "showarrow": False, "align": "left", "font": {"color": INK},
+        "bgcolor": "rgba(255,255,255,0.85)", "bordercolor": colour, "borderwidth": 1,
+        "borderpad": 2,
+    }  # fmt: skip
 
 
 def axis(title: str, **more: Any) -> dict[str, Any]:
@@ -460,7 +432,16 @@ def axis(title: str, **more: Any) -> dict[str, Any]:
     } | more
 
 
-def _text(name: str) -> str:
+def gap_axis(title: str, gaps: Sequence[Any], **more: Any) -> dict[str, Any]:
+    """A log axis of these gaps in per cent, with few ticks however many decades they span."""
+    known = np.concatenate([np.ravel(each) for each in gaps]) if gaps else np.ones(1)
+    known = np.maximum(known[np.isfinite(known)], LEAST_GAP)
+    decades = np.log10(known.max() / known.min()) if known.size else 1.0
+    dtick = "D2" if decades < 1 else int(np.ceil((decades + 1) / 6))
+    return axis(title, type="log", tickformat=GAPS, dtick=dtick, **more)
+
+
+def shown(name: str) -> str:
     """A name as plotly's text: it reads a little HTML."""
     return name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 

@@ -4,6 +4,7 @@ The schema is documented field by field in ``instances/README.md`` of the reposi
 """
 
 import math
+from pathlib import Path
 from typing import Annotated, Any, assert_never
 
 import msgspec
@@ -27,7 +28,7 @@ from moeplace.hardware import Cluster, SpeedUnit
 from moeplace.latency import Planes, Table
 from moeplace.loads import LoadHistogram, Phase
 from moeplace.plan import EMPTY, Plan
-from moeplace.problem import Objective, Problem, Routing
+from moeplace.problem import Objective, Problem, Routing, check_problem
 
 FORMAT, VERSION = "moeplace-instance", 1
 
@@ -139,8 +140,29 @@ class InstanceFile(msgspec.Struct, forbid_unknown_fields=True):
     cvar_alpha: float = 0.9
 
 
+def shipped(path: PathLike) -> Path:
+    """The path; one below ``instances/`` that is not there is looked for among the shipped ones.
+
+    These lie in the installed package, or in the checkout that the package runs from.
+    """
+    here = Path(path)
+    if here.parts[:1] != ("instances",) or ".." in here.parts or here.exists():
+        return here
+    package = Path(__file__).parent
+    for root in (package / "shipped", package.parent):
+        if (root / here).exists():
+            return root / here
+    return here
+
+
 def read_instance(path: PathLike) -> Problem:
     """Read a problem from our JSON.
+
+    Parameters
+    ----------
+    path : path
+        A file, or the name of a shipped instance (see `shipped`), as in
+        ``instances/small/flashlb-even.json``.
 
     Raises
     ------
@@ -153,7 +175,8 @@ def read_instance(path: PathLike) -> Problem:
     PlanError
         The same for the current plan of a move budget.
     """
-    return from_file(path, read_json(path, InstanceFile, header=(FORMAT, VERSION)))
+    found = path if str(path) == "" else shipped(path)
+    return from_file(path, read_json(found, InstanceFile, header=(FORMAT, VERSION)))
 
 
 def from_file(path: PathLike, file: "InstanceFile", root: str = "$") -> Problem:
@@ -210,6 +233,7 @@ def write_instance(problem: Problem, path: PathLike, *, notes: str = "") -> None
     FormatError
         If the file cannot be written. A file that was there stays as it was.
     """
+    check_problem(problem)
     write_json(path, as_file(problem, notes))
 
 

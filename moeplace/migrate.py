@@ -15,8 +15,8 @@ from moeplace._check import FloatArray, IntArray, integers, ndim
 from moeplace.constraints import CAPACITY_SLACK
 from moeplace.errors import PlanError, ProblemError
 from moeplace.evaluate import evaluate
-from moeplace.plan import EMPTY, Plan
-from moeplace.problem import Problem
+from moeplace.plan import EMPTY, Plan, check_plan
+from moeplace.problem import Problem, check_problem
 from moeplace.transfer import Copy, Migration, Stage
 
 Engine = Literal["vllm", "sglang"]
@@ -41,6 +41,7 @@ def relabel(problem: Problem, current: Plan, plan: Plan, tolerance: float = 0.0)
     PlanError
         If one of the plans does not fit the problem.
     """
+    check_problem(problem)
     from scipy.optimize import linear_sum_assignment
 
     if not 0 <= tolerance < float("inf"):
@@ -61,6 +62,8 @@ def relabel(problem: Problem, current: Plan, plan: Plan, tolerance: float = 0.0)
 
 def check_shapes(current: Plan, plan: Plan) -> None:
     """Raise PlanError unless both plans have the same layers, experts and slots per rank."""
+    check_plan(current)
+    check_plan(plan)
     mine = (plan.layers, plan.experts, plan.rank_slots.tolist())
     theirs = (current.layers, current.experts, current.rank_slots.tolist())
     for name, one, other in zip(("layers", "experts", "slots per rank"), theirs, mine, strict=True):
@@ -197,24 +200,13 @@ def migrate(
         If another argument is out of range.
     """
     check_shapes(current, target)
-    if engine not in get_args(Engine):
-        raise ProblemError(f"Engine must be one of {', '.join(get_args(Engine))}, got {engine!r}.")
-    if chunk is not None and engine != "sglang":
-        raise ProblemError("Chunks are SGLang's: vLLM moves one layer between two passes.")
-    for name, value in (("chunk", chunk), ("buffer", buffer)):
-        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        if value is not None and not (whole and value >= 1):
-            raise ProblemError(f"The {name} must be a whole number from 1, got {value!r}.")
-    sizes = np.full(current.layers, expert_bytes) if ndim(expert_bytes) == 0 else expert_bytes
-    sizes = integers(sizes, "Expert bytes", ("layer",), ProblemError, low=1, high=1 << 50)
+    check_engine(engine, chunk)
+    _check_count("buffer", buffer)
+    sizes = checked_bytes(expert_bytes, current.layers)
     where = np.zeros(current.ranks) if nodes is None else nodes
     where = integers(where, "Nodes", ("rank",), ProblemError, low=0, high=1 << 20)
-    for name, array, size in (
-        ("expert bytes", sizes, current.layers),
-        ("nodes", where, current.ranks),
-    ):
-        if array.size != size:
-            raise ProblemError(f"A migration needs {size} {name}, got {array.size}.")
+    if where.size != current.ranks:
+        raise ProblemError(f"A migration needs {current.ranks} nodes, got {where.size}.")
     target = align(current, target)
     room = int(current.rank_slots.max()) if buffer is None else int(buffer)
     per_turn = 1 if engine == "vllm" else (chunk or current.layers)
@@ -236,6 +228,36 @@ def migrate(
         stages=tuple(stages),
         buffer=room,
     )
+
+
+def check_engine(engine: str, chunk: int | None) -> None:
+    """Raise ProblemError unless the engine is known and moves chunks of that size."""
+    if engine not in get_args(Engine):
+        raise ProblemError(f"Engine must be one of {', '.join(get_args(Engine))}, got {engine!r}.")
+    if chunk is not None and engine != "sglang":
+        raise ProblemError("Chunks are SGLang's: vLLM moves one layer between two passes.")
+    _check_count("chunk", chunk)
+
+
+def _check_count(name: str, value: int | None) -> None:
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if value is not None and not (whole and value >= 1):
+        raise ProblemError(f"The {name} must be a whole number from 1, got {value!r}.")
+
+
+def checked_bytes(expert_bytes: Any, layers: int) -> IntArray:
+    """Bytes of one expert in each layer [layers], from those or one number for all.
+
+    Raises
+    ------
+    ProblemError
+        If one is no whole number from 1, or there is another number of them.
+    """
+    sizes = np.full(layers, expert_bytes) if ndim(expert_bytes) == 0 else expert_bytes
+    sizes = integers(sizes, "Expert bytes", ("layer",), ProblemError, low=1, high=1 << 50)
+    if sizes.size != layers:
+        raise ProblemError(f"A migration needs {layers} expert bytes, got {sizes.size}.")
+    return sizes
 
 
 def _in_stages(

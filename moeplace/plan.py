@@ -193,3 +193,12 @@ def by_rank(values: Any, rank_slots: IntArray) -> Any:
     padded = np.full((*values.shape[:-1], rank_slots.size, most), EMPTY, dtype=values.dtype)
     padded[..., used] = values
     return padded
+
+
+def check_plan(value: object) -> None:
+    """Raise PlanError unless it is a plan."""
+    if not isinstance(value, Plan):
+        raise PlanError(
+            f"A plan must be a moeplace.Plan, got {type(value).__name__}: build one from slots, "
+            "rank_slots and experts, read one (read_plan), or pass a result's plan."
+        )

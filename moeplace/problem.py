@@ -353,3 +353,12 @@ def _axes(value: Any) -> int:
 
 def _layers(layer: int | None) -> int | slice:
     return slice(None) if layer is None else layer
+
+
+def check_problem(value: object) -> None:
+    """Raise ProblemError unless it is a problem: what most functions take first."""
+    if not isinstance(value, Problem):
+        raise ProblemError(
+            f"A problem must be a moeplace.Problem, got {type(value).__name__}: build one from "
+            "loads and a cluster, or read an instance (read_instance)."
+        )

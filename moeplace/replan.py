@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import get_args
 
 from moeplace.errors import ProblemError
-from moeplace.migrate import Engine, migrate
-from moeplace.plan import Plan
-from moeplace.problem import Problem
+from moeplace.migrate import Engine, check_engine, checked_bytes, migrate
+from moeplace.plan import Plan, check_plan
+from moeplace.problem import Problem, check_problem
 from moeplace.search.split import at_best_shares
 from moeplace.tradeoff import BUDGETS, Point, tradeoff
-from moeplace.transfer import Links, Migration, Mode, Payback, payback
+from moeplace.transfer import Links, Migration, Mode, Payback, check_slowdown, payback
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,11 @@ class Economy:
         As in `payback`, for the latter.
     engine : {"vllm", "sglang"}
     chunk : int, optional
+
+    Raises
+    ------
+    ProblemError
+        If a value is out of range.
     """
 
     expert_bytes: int
@@ -46,17 +51,19 @@ class Economy:
     chunk: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value, kind in (("mode", self.mode, Mode), ("engine", self.engine, Engine)):
-            if value not in get_args(kind):
-                choices = ", ".join(get_args(kind))
-                raise ProblemError(f"The {name} must be one of {choices}, got {value!r}.")
-        if self.chunk is not None and self.chunk < 1:
-            raise ProblemError(f"The chunk must be a whole number from 1, got {self.chunk!r}.")
-        if not (0 <= self.slowdown < float("inf") and 0 <= self.steps < float("inf")):
+        checked_bytes(self.expert_bytes, 1)
+        if not 0 <= self.steps < float("inf"):
+            raise ProblemError(f"Steps must be a finite number from 0, got {self.steps!r}.")
+        if self.step_seconds is not None and not 0 < self.step_seconds <= 1e12:
             raise ProblemError(
-                f"The slow-down and the steps must be at least 0, got {self.slowdown!r} "
-                f"and {self.steps!r}."
+                f"Seconds of a step must be above 0 and at most 1e12, got {self.step_seconds!r}."
             )
+        if self.mode not in get_args(Mode):
+            raise ProblemError(
+                f"Mode must be one of {', '.join(get_args(Mode))}, got {self.mode!r}."
+            )
+        check_slowdown(self.slowdown, self.share)
+        check_engine(self.engine, self.chunk)
 
     def before(self, problem: Problem, price: float) -> float:
         """Seconds of a step under the current plan.
@@ -131,6 +138,12 @@ def propose(
     ProblemError
         If seconds per step are not known, or an option is out of range.
     """
+    check_problem(problem)
+    check_plan(current)
+    if not isinstance(economy, Economy):
+        raise ProblemError(
+            f"What moving costs must be a moeplace.Economy, got {type(economy).__name__}."
+        )
     points = tradeoff(
         problem,
         current,

@@ -5,100 +5,26 @@ what is possible, which rank holds up which layer, what moves, what would change
 figure stands its data as a table, for people who do not see it and for paper.
 """
 
-import html
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import resources
-from typing import Any
 
 import numpy as np
 
 from moeplace import __version__, figures
-from moeplace.compare import amount, described, exact, percent, printable
+from moeplace.compare import amount, described, percent, printable
 from moeplace.evaluate import Evaluation
+from moeplace.report_page import Page, Section, Table, escaped, folded, layer_filter, table
+from moeplace.result import Status
 from moeplace.study import OURS, Study, layer_cost, rank_cost
 
 GIGA = 1e9
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """A table in text: its caption, heads and rows; `layers` where each row is a layer."""
-
-    caption: str
-    heads: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    layers: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """A question, its answer in words, and what shows it."""
-
-    anchor: str
-    title: str
-    answer: str
-    body: str
-
-
-class Page:
-    """An HTML page that grows by sections and figures."""
-
-    def __init__(self, title: str) -> None:
-        self.title = title
-        self.sections: list[Section] = []
-        self.stored: dict[str, str] = {}
-
-    def store(self, name: str, figure: Any) -> None:
-        """Keep a figure's data under a name; the page's script draws it."""
-        # A figure's text could close the script element that holds it.
-        self.stored[name] = figure.to_json().replace("<", "\\u003c").replace("&", "\\u0026")
-
-    def plot(
-        self, name: str, figure: Any, alt: str, caption: str, table: Table, layers: str = ""
-    ) -> str:
-        """A figure with its caption and its data; `layers`: its axes that count layers."""
-        self.store(name, figure)
-        drawing = self.drawing(name, alt, layers, int(figure.layout.height))
-        return (
-            f"<figure>{drawing}<figcaption>{_escaped(caption)}</figcaption></figure>{folded(table)}"
-        )
-
-    @staticmethod
-    def drawing(name: str, alt: str, layers: str, height: int) -> str:
-        """The place where a stored figure is drawn."""
-        return (
-            f'<div class="plot" id="plot-{name}" data-figure="{name}" data-layers="{layers}" '
-            f'role="img" aria-label="{_escaped(alt)}" style="height:{height}px"></div>'
-        )
-
-    def html(self, head: str, tools: str) -> str:
-        """The whole page."""
-        from plotly.offline import get_plotlyjs
-
-        links = "".join(f'<li><a href="#{s.anchor}">{_escaped(s.title)}</a></li>'
-                        for s in self.sections)  # fmt: skip
-        body = "".join(
-            f'<section aria-labelledby="{s.anchor}"><h2 id="{s.anchor}">{_escaped(s.title)}</h2>'
-            f'<p class="answer">{s.answer}</p>{s.body}</section>'
-            for s in self.sections
-        )
-        data = "".join(f'<script type="application/json" id="data-{name}">{text}</script>\n'
-                       for name, text in self.stored.items())  # fmt: skip
-        return (
-            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            '<link rel="icon" href="data:,">'
-            f"<title>{_escaped(self.title)}</title><style>{_asset('report.css')}</style></head>\n"
-            '<body><a class="skip" href="#main">Skip to the answers</a>'
-            f"<header><h1>{_escaped(self.title)}</h1>{head}"
-            f'<nav aria-label="Questions"><ol>{links}</ol></nav></header>\n'
-            "<noscript><p>Figures need JavaScript; every table below does not.</p></noscript>"
-            f'<main id="main">{tools}{body}</main>\n{data}'
-            f"<script>{get_plotlyjs()}</script>\n<script>{_asset('report.js')}</script>"
-            "</body></html>\n"
-        )
+#: Of searches that found a plan.
+ENDED = {
+    Status.OPTIMAL: "proven optimal",
+    Status.WITHIN_GAP: "within the gap that was asked for",
+    Status.FEASIBLE: "the best that was found in time",
+    Status.INTERRUPTED: "what was found until the search was stopped",
+}
 
 
 def report(found: Study) -> str:
@@ -120,19 +46,8 @@ def report(found: Study) -> str:
     made = datetime.now(UTC).isoformat(timespec="seconds")
     facts.append(("made", f"{made} by moeplace {__version__}"))
     head = table(Table(caption="What was planned for", heads=("", ""), rows=facts), words=True)
-    head += "".join(f'<p class="note">{_escaped(note)}</p>' for note in found.notes)
+    head += "".join(f'<p class="note">{escaped(note)}</p>' for note in found.notes)
     return page.html(head, layer_filter(found.problem.layers))
-
-
-def layer_filter(layers: int) -> str:
-    """Two boxes that say which layers figures and tables show."""
-    return (
-        '<form class="tools" onsubmit="return false"><label>Layers from '
-        f'<input id="from" type="number" min="0" max="{layers - 1}" value="0"></label>'
-        f'<label>to <input id="to" type="number" min="0" max="{layers - 1}" '
-        f'value="{layers - 1}"></label><button id="all" type="button">All layers</button>'
-        f'<span id="shown" role="status">layers 0 to {layers - 1} shown</span></form>'
-    )
 
 
 def _unequal(page: Page, found: Study) -> Section:
@@ -182,7 +97,7 @@ def _unequal(page: Page, found: Study) -> Section:
         ranks,
     )
     return Section(anchor="unequal", title="How unequal are loads and GPUs?",
-                   answer=_escaped(answer), body=body)  # fmt: skip
+                   answer=escaped(answer), body=body)  # fmt: skip
 
 
 def _costs(page: Page, found: Study) -> Section:
@@ -200,9 +115,9 @@ def _costs(page: Page, found: Study) -> Section:
     saved = 1 - ours.objective / found.first.objective if found.first.objective > 0 else 0.0
     name = next(iter(found.plans))
     answer = (
-        f"A step takes {exact(ours.objective, unit)} under our plan, {saved:.2%} less than under "
+        f"A step takes {amount(ours.objective, unit)} under our plan, {saved:.2%} less than under "
         f"{name}. No plan can be more than {percent(found.result.gap)} faster than ours: the "
-        f"bound is {exact(least, unit)}."
+        f"bound is {amount(least, unit)}."
     )
     floor = found.floor()
     costs = {name: layer_cost(priced) for name, priced in found.plans.items()}
@@ -235,7 +150,7 @@ def _costs(page: Page, found: Study) -> Section:
         layers="xaxis",
     )
     return Section(anchor="costs", title="What does each plan cost against its bound?",
-                   answer=_escaped(answer), body=body)  # fmt: skip
+                   answer=escaped(answer), body=body)  # fmt: skip
 
 
 def _slowest(page: Page, found: Study) -> Section:
@@ -254,22 +169,24 @@ def _slowest(page: Page, found: Study) -> Section:
     answer = f"Under {names[0]} {first}; under {names[-1]} {last}."
     caption = (
         "Time of each rank over its layer's proven bound, all plans under one colour scale: 1 is "
-        "perfect, yellow holds up its layer, dark waits. "
+        "perfect, yellow holds up its layer, dark waits. A scale for each shows how even plans "
+        "differ. "
     )
     if problem.windows > 1:
         caption += f"Means over {problem.windows:,} windows."
     body = (
-        f'<figure><div class="pair">{panels}</div><figcaption>{_escaped(caption)}</figcaption>'
+        '<label><input id="own-scale" type="checkbox"> a colour scale for each plan</label>'
+        f'<figure><div class="pair">{panels}</div><figcaption>{escaped(caption)}</figcaption>'
         f"</figure>{''.join(map(folded, tables))}"
     )
     return Section(anchor="slowest", title="Which rank is slowest in each layer, and by how much?",
-                   answer=_escaped(answer), body=body)  # fmt: skip
+                   answer=escaped(answer), body=body)  # fmt: skip
 
 
 def _panel(page: Page, names: Sequence[str], side: int, number: int) -> str:
     """One heat map and the choice of its plan."""
     options = "".join(
-        f'<option value="ranks{i}"{" selected" * (i == number)}>{_escaped(name)}</option>'
+        f'<option value="ranks{i}"{" selected" * (i == number)}>{escaped(name)}</option>'
         for i, name in enumerate(names)
     )
     drawing = page.drawing(
@@ -348,7 +265,7 @@ def _moved(page: Page, found: Study) -> Section:
         ),
     )  # fmt: skip
     if received:
-        body += f"<h3>Copies received, from {_escaped(first)}</h3>" + page.plot(
+        body += f"<h3>Copies received, from {escaped(first)}</h3>" + page.plot(
             "moves",
             figures.moves(received),
             f"Copies that ranks must receive by layer. {answer}",
@@ -389,7 +306,7 @@ def _moved(page: Page, found: Study) -> Section:
                 rows=rows,
             ),
         )  # fmt: skip
-    return Section(anchor="moved", title="What moves?", answer=_escaped(answer), body=body)
+    return Section(anchor="moved", title="What moves?", answer=escaped(answer), body=body)
 
 
 def _changes(page: Page, found: Study) -> Section:
@@ -430,7 +347,7 @@ def _changes(page: Page, found: Study) -> Section:
             ),
         )
     return Section(anchor="changes", title="What would one more slot, or less drift, buy?",
-                   answer=_escaped(" ".join(parts)), body=body)  # fmt: skip
+                   answer=escaped(" ".join(parts)), body=body)  # fmt: skip
 
 
 def _search(page: Page, found: Study) -> Section:
@@ -438,16 +355,12 @@ def _search(page: Page, found: Study) -> Section:
     result, unit = found.result, found.problem.cluster.time_unit
     sources = ", ".join(f"{name} ({n})" for name, n in result.bound.sources.items())
     answer = (
-        f"Our plan is {result.status}: after {result.seconds:.2f} s and {result.work:,} search "
-        f"steps it is within {percent(result.gap)} of the bound. Arguments that prove the bound, "
-        f"with the layers and windows that they decide: {sources}."
+        f"Our plan is {ENDED[result.status]}: after {result.seconds:.2f} s and {result.work:,} "
+        f"search steps it is within {percent(result.gap)} of the bound. Arguments that prove "
+        f"the bound, with the layers and windows that they decide: {sources}."
     )
     if len(found.progress) < 2:
-        body = ""
-        if found.problem.windows > 1:
-            words = "A search over several windows sums them first, so its steps are not shown."
-            body = f'<p class="note">{words}</p>'
-        return Section(anchor="search", title=title, answer=_escaped(answer), body=body)
+        return Section(anchor="search", title=title, answer=escaped(answer), body="")
     every = max(1, len(found.progress) // 40)
     body = page.plot(
         "search",
@@ -464,33 +377,7 @@ def _search(page: Page, found: Study) -> Section:
         ),
     )
     return Section(anchor="search", title=title,
-                   answer=_escaped(answer), body=body)  # fmt: skip
-
-
-def table(given: Table, *, words: bool = False) -> str:
-    """A table in a box that scrolls, reachable by keyboard."""
-    heads = "".join(f'<th scope="col">{_escaped(head)}</th>' for head in given.heads)
-    top = f"<thead><tr>{heads}</tr></thead>" if any(given.heads) else ""
-    rows = []
-    for row in given.rows:
-        mark = f' data-layer="{row[0]}"' if given.layers else ""
-        first, *rest = row
-        cells = f'<th scope="row">{_escaped(first)}</th>'
-        kind = ' class="words"' if words else ""
-        cells += "".join(f"<td{kind}>{_escaped(text)}</td>" for text in rest)
-        rows.append(f"<tr{mark}>{cells}</tr>")
-    label = _escaped(given.caption)
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">'
-        f"<table><caption>{label}</caption>{top}<tbody>{''.join(rows)}</tbody></table></div>"
-    )
-
-
-def folded(given: Table) -> str:
-    """A table that opens at a click or key."""
-    return (
-        f"<details><summary>{_escaped(given.caption)}, as a table</summary>{table(given)}</details>"
-    )
+                   answer=escaped(answer), body=body)  # fmt: skip
 
 
 def _above(value: float, other: float) -> float:
@@ -499,11 +386,3 @@ def _above(value: float, other: float) -> float:
 
 def _signed(value: float | None) -> str:
     return "" if value is None else f"{value:+.3%}"
-
-
-def _escaped(text: str) -> str:
-    return html.escape(printable(text))
-
-
-def _asset(name: str) -> str:
-    return resources.files("moeplace").joinpath("assets", name).read_text(encoding="utf-8")

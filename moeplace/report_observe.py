@@ -9,7 +9,7 @@ from moeplace import figures
 from moeplace._files import PathLike
 from moeplace.compare import printable
 from moeplace.integrations.observe import Decision, model_folder, read_decisions
-from moeplace.report import Page, Section, Table, layer_filter
+from moeplace.report_page import Page, Section, Table, layer_filter
 
 
 def report_observed(folder: PathLike) -> str:

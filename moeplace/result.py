@@ -188,6 +188,13 @@ def gap(objective: FloatArray | float, bound: FloatArray | float) -> FloatArray:
         return np.where(above == 0, 0.0, np.divide(above, bound))
 
 
+def on_scale(progress: list[Progress], price: float) -> list[Progress]:
+    """The steps of a search, or none if some were plans that break a rule and cost less."""
+    if any(each.objective < price * (1 - 1e-12) for each in progress):
+        return []
+    return progress
+
+
 def finish(
     problem: Problem,
     method: str,

@@ -78,6 +78,13 @@ def twice(problem: Problem, side: Any, how: dict[str, Any]) -> Plan:
     Under even routing a side gets half of an expert's tokens only if both hold as many replicas
     of it, so the second side is planned layer by layer within the first one's counts.
 
+    Parameters
+    ----------
+    side : array of bool [ranks]
+        The ranks of one side.
+    how : dict
+        For `solve`: time_limit and work_limit (one may be None) and what else it takes.
+
     Raises
     ------
     ProblemError
@@ -120,7 +127,11 @@ def _matched(problem: Problem, counts: IntArray, how: dict[str, Any]) -> IntArra
         return second.plan.slots
     rows = []
     limits = [rule for rule in problem.constraints if isinstance(rule, MaxReplicas)]
-    seconds = how["time_limit"] / problem.layers
+    time_limit, work_limit = how["time_limit"], how["work_limit"]
+    part = how | {
+        "time_limit": None if time_limit is None else time_limit / problem.layers,
+        "work_limit": None if work_limit is None else -(-work_limit // problem.layers),
+    }
     for layer in range(problem.layers):
         loads = replace(problem.loads, tokens=problem.loads.tokens[:, layer : layer + 1])
         base = np.broadcast_to(problem.base_load, (problem.windows, problem.layers, problem.ranks))[
@@ -134,7 +145,7 @@ def _matched(problem: Problem, counts: IntArray, how: dict[str, Any]) -> IntArra
             elif rule not in limits:
                 rules.append(rule)
         alone = replace(problem, loads=loads, base_load=base, layer_weight=None, constraints=rules)
-        found = solve(alone, **(how | {"time_limit": seconds}))
+        found = solve(alone, **part)
         if found.evaluation is None:
             raise ProblemError(f"no plan for one side of layer {layer}: {found.reason}")
         rows.append(found.plan.slots[0])

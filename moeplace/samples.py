@@ -143,9 +143,10 @@ def read_samples(path: PathLike) -> Samples:
     Raises
     ------
     FormatError
-        If the file cannot be read or breaks a rule, with its line.
+        If the file cannot be read or breaks a rule, with its line, or holds layer totals.
     """
     rows = _rows(path, ("rank", "tokens", "seconds"))
+    _check_not_totals(path, rows)
     ranks, gpu = np.unique(rows["rank"], return_inverse=True)
     names = tuple(f"rank {int(rank)}" for rank in ranks)
     activated = rows.get("activated", np.zeros(gpu.size))
@@ -159,6 +160,22 @@ def read_samples(path: PathLike) -> Samples:
         )
     except ProblemError as error:
         raise FormatError(f"{path}: {error}") from error
+
+
+def _check_not_totals(path: PathLike, rows: dict[str, FloatArray]) -> None:
+    """Refuse a log in which all ranks of each pass have the same seconds: a layer's totals."""
+    if "pass" not in rows:
+        return
+    passes, at, rows_of = np.unique(rows["pass"], return_inverse=True, return_counts=True)
+    least, most = np.full(passes.size, np.inf), np.zeros(passes.size)
+    np.minimum.at(least, at, rows["seconds"])
+    np.maximum.at(most, at, rows["seconds"])
+    if (rows_of > 1).all() and (least == most).all():
+        raise FormatError(
+            f"{path}: has the same seconds for all ranks of each pass, as totals of a layer have: "
+            "fit them with --passive (read_totals and fit_totals). If they are each rank's own "
+            "times, leave the column pass out."
+        )
 
 
 def read_totals(path: PathLike) -> tuple[FloatArray, FloatArray, FloatArray | None]:
@@ -208,7 +225,7 @@ def _rows(path: PathLike, needed: Sequence[str]) -> dict[str, FloatArray]:
             f"(and activated, if known), got {', '.join(fields)}."
         )
     columns: dict[str, list[float]] = {
-        name: [] for name in (*needed, "activated") if name in fields
+        name: [] for name in dict.fromkeys((*needed, "activated", "pass")) if name in fields
     }
     for number, row in enumerate(reader, start=1):
         for name, values in columns.items():

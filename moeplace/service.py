@@ -1,11 +1,12 @@
 """How requests were served: times to tokens, rates, idle time, and means over seeds."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
 from moeplace._check import FloatArray
+from moeplace.errors import ProblemError
 from moeplace.requests import Requests
 
 QUANTILES = (50, 90, 99)
@@ -17,6 +18,13 @@ class Slo:
 
     ttft: float = float("inf")
     tpot: float = float("inf")
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if not (value := getattr(self, field.name)) > 0:
+                raise ProblemError(
+                    f"A limit of service ({field.name}) must be above 0 s, got {value!r}."
+                )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

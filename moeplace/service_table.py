@@ -4,6 +4,7 @@ import numpy as np
 
 from moeplace.compare import printable
 from moeplace.service import Interval
+from moeplace.tables import table
 
 #: Figures of each seed's run, by name (`Service.figures`).
 Rows = list[dict[str, float]]
@@ -24,7 +25,7 @@ def ratios(rows: Rows, first: Rows) -> dict[str, Interval]:
     }
 
 
-def table(found: dict[str, Rows]) -> list[str]:
+def figures(found: dict[str, Rows]) -> list[str]:
     """Lines of the table: figures of each plan, then ratios to the first."""
     names = list(found)
     keys = list(found[names[0]][0])
@@ -37,14 +38,8 @@ def table(found: dict[str, Rows]) -> list[str]:
         if len(names) > 1 and all(key in over[name] for name in names[1:]):
             cells = ["1", *(_ratio(over[name][key]) for name in names[1:])]
             rows.append([f"{key}, ratio", *cells])
-    width = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(width[0]), *(c.rjust(w) for c, w in zip(row[1:], width[1:],
-                  strict=True))]).rstrip()
-        for row in rows
-    ]  # fmt: skip
     few = "one seed: no intervals" if len(found[names[0]]) < 2 else "+-: 95 % over seeds"
-    return [*lines, f"{few}; ratios to {printable(names[0])}, paired by seed"]
+    return [*table(rows), f"{few}; ratios to {printable(names[0])}, paired by seed"]
 
 
 def _cell(key: str, value: Interval) -> str:

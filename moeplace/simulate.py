@@ -24,9 +24,10 @@ from moeplace.dispatch import shares
 from moeplace.errors import ProblemError
 from moeplace.evaluate import check_fits
 from moeplace.plan import EMPTY, Plan
-from moeplace.problem import Problem
+from moeplace.problem import Problem, check_problem
 from moeplace.requests import Profiles, Requests
 from moeplace.service import Service, Slo
+from moeplace.topology import check_top_k
 
 #: Requests per second are found to within this share.
 RATE_TOLERANCE = 0.005
@@ -119,6 +120,7 @@ def simulate(
     PlanError
         If a plan does not fit the problem.
     """
+    _check_kinds(problem, requests, profiles, engine)
     from moeplace.serving import STEPS, serve
 
     if problem.cluster.speed_unit != "tokens/s":
@@ -136,8 +138,7 @@ def simulate(
             f"A request has profile {most}, and there are {profiles.kind.size}: draw profiles "
             "with Profiles.draw."
         )
-    if engine.top_k > problem.experts:
-        raise ProblemError(f"top_k {engine.top_k:g} is more than the {problem.experts} experts.")
+    check_top_k(problem, engine.top_k)
     times = [change.at for change in changes]
     if any(not change.stall >= 0 for change in changes) or times != sorted(times):
         raise ProblemError("Changes need stalls of at least 0 s, in order of time.")
@@ -209,6 +210,22 @@ class Goodput:
     attained: float
 
 
+def check_attainment(attainment: float) -> None:
+    """Raise ProblemError unless it is a share of requests."""
+    if not 0 < attainment <= 1:
+        raise ProblemError(f"Attainment must be above 0 and at most 1, got {attainment!r}.")
+
+
+def _check_kinds(problem: object, requests: object, profiles: object, engine: object) -> None:
+    check_problem(problem)
+    parts = ((requests, Requests), (profiles, Profiles), (engine, Engine))
+    for value, kind in parts:
+        if not isinstance(value, kind):
+            raise ProblemError(
+                f"A simulation needs moeplace.{kind.__name__}, got {type(value).__name__}."
+            )
+
+
 def goodput(
     problem: Problem,
     plan: Plan,
@@ -231,8 +248,8 @@ def goodput(
     ProblemError
         If `attainment` is no share.
     """
-    if not 0 < attainment <= 1:
-        raise ProblemError(f"Attainment must be above 0 and at most 1, got {attainment!r}.")
+    _check_kinds(problem, requests, profiles, engine)
+    check_attainment(attainment)
     span = float(requests.arrival[-1] - requests.arrival[0])
     own = requests.count / span if span > 0 else 1.0
 

@@ -15,7 +15,7 @@ from moeplace.evaluate import Evaluation, evaluate
 from moeplace.feasible import explain_infeasible, refuted
 from moeplace.plan import Plan
 from moeplace.policies import POLICIES
-from moeplace.problem import Problem
+from moeplace.problem import Problem, check_problem
 from moeplace.result import OPTIMAL_GAP, Limits, Progress, Result, Status, finish
 from moeplace.search.split import at_best_shares
 
@@ -109,6 +109,7 @@ def solve(
     PlanError
         If `start` does not fit the problem or breaks a rule.
     """
+    check_problem(problem)
     # compiled code: imported to be used
     import moeplace.search.compiling  # noqa: F401 - tells when kernels are compiled
     from moeplace.search.portfolio import Run, rehearse
@@ -124,6 +125,12 @@ def solve(
             f"Warm start, solver options and solver log are for {', '.join(EXACT)}, not for "
             f"{method}."
         )
+    for option, value in (solver_options or {}).items():
+        if not isinstance(value, bool | int | float | str):
+            raise ProblemError(
+                f"The solver's parameter {option} must be a number, true, false or a text, got "
+                f"{value!r}."
+            )
     if method in EXACT:
         from moeplace.exact.model import refuse_table
 

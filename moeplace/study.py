@@ -14,7 +14,7 @@ from moeplace.evaluate import Evaluation, evaluate
 from moeplace.plan import Plan
 from moeplace.policies import POLICIES
 from moeplace.problem import Problem
-from moeplace.result import Progress, Result
+from moeplace.result import Progress, Result, on_scale
 from moeplace.search.split import at_best_shares
 from moeplace.solve import solve
 from moeplace.tradeoff import BUDGETS, Point, tradeoff
@@ -148,7 +148,7 @@ def study(
             f"The problem has no plan to report on ({result.status}): "
             f"{result.reason or 'give more time'}."
         )
-    progress = _seen(progress, result.objective)
+    progress = on_scale(progress, result.objective)
     progress.append(
         Progress(
             seconds=result.seconds,
@@ -190,13 +190,6 @@ def study(
         expert_bytes=expert_bytes,
         notes=notes,
     )
-
-
-def _seen(progress: list[Progress], price: float) -> list[Progress]:
-    """What is on the scale of the result: with several windows a search sums them first."""
-    if any(each.objective < price * (1 - 1e-12) for each in progress):
-        return []
-    return progress
 
 
 def _usual(problem: Problem) -> dict[str, Evaluation]:

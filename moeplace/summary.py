@@ -6,6 +6,7 @@ from moeplace._files import PathLike
 from moeplace.compare import aligned, printable
 from moeplace.diagnose import diagnose, drift
 from moeplace.formats.loads import Read
+from moeplace.tables import table
 
 
 def summarise(path: PathLike, read: Read) -> dict[str, Any]:
@@ -74,15 +75,17 @@ def lines(found: dict[str, Any]) -> list[str]:
         said = f"cosine distance to the next window {sum(moved) / len(moved):.4f} on average, "
         said += f"{moved[last]:.4f} at most (window {last} to {last + 1}); noise included"
         words.append(("drift", said))
-    table = [f"{'layer':>5}  {'assignments':>15}  {'max/mean':>8}  {'gini':>6}  {'zeros':>6}"]
-    table += [
-        f"{row['layer']:>5}  {row['tokens']:>15,.10g}  {row['skew']:>8.3f}  {row['gini']:>6.3f}  "
-        f"{row['zeros']:>6.1%}"
+    cells = [("layer", "assignments", "max/mean", "gini", "zeros")]
+    cells += [
+        (f"{row['layer']:>5}", f"{row['tokens']:,.10g}", f"{row['skew']:.3f}",
+         f"{row['gini']:.3f}", f"{row['zeros']:.1%}")
         for row in rows
-    ]
+    ]  # fmt: skip
+    most = max(row["skew"] for row in rows)
+    by_layer = table(cells, bars=[row["skew"] / most if most > 0 else 0.0 for row in rows])
     warnings = [(f"warning: {each['name']}", each["message"]) for each in found["warnings"]]
     last_lines = aligned(warnings) if warnings else ["no warnings"]
-    return [*aligned(words), "", *table, "", *last_lines]
+    return [*aligned(words), "", *by_layer, "", *last_lines]
 
 
 def _spread(rows: list[dict[str, Any]], key: str, form: str) -> str:

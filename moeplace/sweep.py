@@ -39,6 +39,35 @@ def sweep(
     return list(run(delayed(call)(*each) for each in arguments))
 
 
+def as_done(
+    call: Callable[..., T], arguments: Iterable[tuple[Any, ...]], jobs: int = 1
+) -> Iterator[T]:
+    """Results of ``call(*each)``, each as soon as it is there (on Ray: all at the end).
+
+    Parameters
+    ----------
+    call : callable
+        What other processes can import, with all it is given.
+    arguments : iterable of tuple
+    jobs : int
+        Processes on this machine; at 1, what joblib is configured for, by default this one, in
+        the order of the arguments.
+
+    Raises
+    ------
+    Exception
+        What a call raises.
+    """
+    from joblib import Parallel, delayed
+
+    given = {"n_jobs": jobs if jobs > 1 else None}
+    try:
+        run = Parallel(**given, return_as="generator_unordered")
+    except ValueError:  # a backend (Ray's) that has all results at the end only
+        run = Parallel(**given)
+    yield from run(delayed(call)(*each) for each in arguments)
+
+
 @contextmanager
 def on_cluster(dask: str | None = None, ray: str | None = None) -> Iterator[None]:
     """Sweeps inside run on a Dask or Ray cluster; without an address, here.

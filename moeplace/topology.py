@@ -16,7 +16,7 @@ from moeplace.dispatch import FIXED, shares
 from moeplace.errors import PlanError, ProblemError
 from moeplace.evaluate import check_fits, evaluate
 from moeplace.plan import EMPTY, Plan
-from moeplace.problem import Problem
+from moeplace.problem import Problem, check_problem
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,10 +80,11 @@ def traffic(problem: Problem, plan: Plan, top_k: float = 1.0) -> Traffic:
     ------
     PlanError
         If the plan does not fit the problem.
+    ProblemError
+        If `top_k` is out of range.
     """
     check_fits(problem, plan)
-    if not top_k > 0:
-        raise ProblemError(f"Experts of each token must be above 0, got {top_k!r}.")
+    check_top_k(problem, top_k)
     tokens = problem.tokens
     total = tokens.sum(axis=2)
     stays_on = [np.zeros(total.shape), np.zeros(total.shape)]
@@ -138,6 +139,15 @@ def trace_traffic(problem: Problem, plan: Plan, trace: Any) -> Traffic:
     )
 
 
+def check_top_k(problem: Problem, top_k: float) -> None:
+    """Raise ProblemError unless a token can go to so many experts, a mean number."""
+    if not 0 < top_k <= problem.experts:
+        raise ProblemError(
+            f"Experts of each token (top-k) must be above 0 and at most the {problem.experts} "
+            f"experts of a layer, got {top_k!r}."
+        )
+
+
 def rank_plans(
     problem: Problem,
     plans: Sequence[Plan],
@@ -161,6 +171,7 @@ def rank_plans(
     top_k : float
         As in `traffic`.
     """
+    check_problem(problem)
     if not (alpha >= 0 and beta >= 0 and tokens >= 0):
         raise ProblemError(
             f"Prices of bytes and tokens must be at least 0, got {alpha!r}, {beta!r}, {tokens!r}."
@@ -192,16 +203,6 @@ def checked_trace(problem: Problem, trace: Any) -> IntArray:
             f"{problem.experts - 1}."
         )
     return array.astype(np.int64)
-
-
-def off_node_violations(problem: Problem, plan: Plan, fraction: float) -> list[str]:
-    """One sentence for each window and layer where more than `fraction` of the copies cross."""
-    excess = off_node_excess(problem, plan, fraction)
-    return [
-        f"layer {layer}: {fraction + excess[window, layer]:.6g} of the copies in window {window} "
-        f"leave their node, at most {fraction:g} may"
-        for window, layer in np.argwhere(excess > 0)
-    ]
 
 
 def off_node_excess(problem: Problem, plan: Plan, fraction: float) -> FloatArray:

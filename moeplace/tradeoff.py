@@ -11,9 +11,9 @@ from moeplace.bounds import lower_bound
 from moeplace.constraints import MaxMoves
 from moeplace.errors import ProblemError
 from moeplace.evaluate import Evaluation, evaluate
-from moeplace.migrate import relabel
-from moeplace.plan import Plan
-from moeplace.problem import Problem
+from moeplace.migrate import checked_bytes, relabel
+from moeplace.plan import Plan, check_plan
+from moeplace.problem import Problem, check_problem
 from moeplace.result import gap as over
 from moeplace.search.split import at_best_shares
 from moeplace.solve import solve
@@ -88,18 +88,16 @@ def tradeoff(
     Raises
     ------
     ProblemError
-        If a budget is negative or not a whole number.
+        If a budget or the bytes of an expert are out of range.
     PlanError
         If the current plan has another shape than the problem.
     """
+    check_problem(problem)
+    check_plan(current)
     if per not in ("layer", "total"):
         raise ProblemError(f"Budgets are per layer or total, got {per!r}.")
-    if not (np.asarray(expert_bytes) >= 1).all():
-        raise ProblemError(f"Expert bytes must be at least 1, got {expert_bytes!r}.")
-    for budget in budgets:
-        whole = isinstance(budget, int | np.integer) and not isinstance(budget, bool)
-        if not (whole and budget >= 0):
-            raise ProblemError(f"A budget must be a whole number of copies from 0, got {budget!r}.")
+    check_budgets(budgets)
+    sizes = checked_bytes(expert_bytes, current.layers)
     rules = [rule for rule in problem.constraints if not isinstance(rule, MaxMoves)]
     free = replace(problem, constraints=rules)
     how: dict[str, Any] = {"time_limit": time_limit, "gap": gap, "seed": seed}
@@ -129,7 +127,7 @@ def tradeoff(
             Point(
                 budget=limited,
                 moves=int(by_layer.sum()),
-                bytes=int((by_layer * np.asarray(expert_bytes)).sum()),
+                bytes=int((by_layer * sizes).sum()),
                 plan=price.plan,
                 objective=price.objective,
                 lower_bound=min(bound, price.objective),
@@ -137,6 +135,14 @@ def tradeoff(
             )
         )
     return points if every else undominated(points)
+
+
+def check_budgets(budgets: Sequence[int]) -> None:
+    """Raise ProblemError unless each budget is a whole number from 0."""
+    for budget in budgets:
+        whole = isinstance(budget, int | np.integer) and not isinstance(budget, bool)
+        if not (whole and budget >= 0):
+            raise ProblemError(f"A budget must be a whole number of copies from 0, got {budget!r}.")
 
 
 def _bound(problem: Problem, current: Plan) -> float:

@@ -199,7 +199,7 @@ def payback(
     before, after : float
         Seconds of a step under the current plan and under the new one.
     slowdown : float
-        Part by which steps take longer while weights move beside them.
+        Part by which steps take longer while weights move beside them; 1 at most.
     share : float
         Part of the bandwidth that the moving weights then get.
 
@@ -208,14 +208,20 @@ def payback(
     ProblemError
         If a number is out of range.
     """
-    for name, value, low, high in (
-        ("before", before, 0.0, 1e12),
-        ("after", after, 0.0, 1e12),
-        ("slowdown", slowdown, 0.0, 100.0),
-        ("share", share, 1e-6, 1.0),
-    ):
-        if not low <= value <= high:
-            raise ProblemError(f"Payback: {name} must be from {low:g} to {high:g}, got {value!r}.")
+    check_slowdown(slowdown, share)
+    _within("before", before, 0.0, 1e12)
+    _within("after", after, 0.0, 1e12)
     stall = migration.seconds(links)
     duration = max(stall / share, migration.turns * before)
     return Payback(gain=before - after, stall=stall, slowed=slowdown * duration, duration=duration)
+
+
+def check_slowdown(slowdown: float, share: float) -> None:
+    """Raise ProblemError unless both are shares of one, that of the bandwidth above 0."""
+    _within("slowdown", slowdown, 0.0, 1.0)
+    _within("share", share, 1e-6, 1.0)
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ProblemError(f"Payback: {name} must be from {low:g} to {high:g}, got {value!r}.")

@@ -20,22 +20,24 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from moeplace._files import PathLike, check_output, read_json, write_json
+from moeplace._files import PathLike, check_outputs, read_json, reading, write_json
 from moeplace.constraints import MaxMoves
 from moeplace.drift import Decision, Monitor
 from moeplace.errors import FormatError, MoeplaceError, ProblemError
 from moeplace.evaluate import evaluate
 from moeplace.formats import read_loads, read_plan, write_plan
 from moeplace.formats._npy import npz
+from moeplace.formats.loads import check_format
 from moeplace.loads import LoadHistogram
 from moeplace.migrate import relabel
 from moeplace.plan import Plan
 from moeplace.problem import Problem
 from moeplace.profile import measured_devices, read_profile, relative_speeds
 from moeplace.replan import Economy, propose
+from moeplace.result import Limits
 from moeplace.search.split import resplit
 from moeplace.solve import solve
-from moeplace.tradeoff import BUDGETS, STEPS
+from moeplace.tradeoff import BUDGETS, STEPS, check_budgets
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ class _State(msgspec.Struct, forbid_unknown_fields=True):
     last: list[Line]
     done: dict[str, list[int]]
     bad: list[str]
+    reading: str = ""
 
 
 @dataclass(kw_only=True)
@@ -89,6 +92,14 @@ class Watch:
         A file may be half-written until it is this many seconds old.
     time_limit : float, optional
         Seconds of each solve; by default steps limit it, as `tradeoff` says.
+
+    Raises
+    ------
+    FormatError
+        If the folder is none, an output cannot be written, the state is damaged or a format is
+        unknown.
+    ProblemError
+        If an option is out of range, or the state is of another instance.
     """
 
     folder: PathLike
@@ -104,12 +115,18 @@ class Watch:
     time_limit: float | None = None
 
     def __post_init__(self) -> None:
-        if not Path(self.folder).is_dir():
+        with reading(self.folder):
+            known = bool(os.fspath(self.folder)) and Path(self.folder).is_dir()
+        if not known:
             raise FormatError(
-                f"{self.folder}: is no folder. Name the folder that the recorder writes to."
+                f"{os.fspath(self.folder)!r}: is no folder. Name the one that a recorder writes to."
             )
-        for path in (self.out, self.state, self.log):
-            check_output(path)
+        check_outputs([self.out, self.state, self.log])
+        check_budgets(self.budgets)
+        Limits(time=self.time_limit)
+        if not 0 <= self.settle < float("inf"):
+            raise ProblemError(f"Settle must be finite seconds from 0, got {self.settle!r}.")
+        _check_reading(self.options, self.monitor.problem)
         self._start = self.monitor.problem.digest()
         self._scale = float(self.monitor.problem.cluster.speeds.mean())
         self._seen_profile: tuple[int, int] | None = None
@@ -331,6 +348,7 @@ class Watch:
                 "last": lines,
                 "done": self._done,
                 "bad": sorted(self._bad),
+                "reading": self._reading(),
             },
         )
         if any(line["action"] in ("replan", "resplit") for line in lines):
@@ -365,11 +383,20 @@ class Watch:
             ) from cause
         self._lines, self._changed = state.lines, state.changed
         self._done, self._bad = state.done, set(state.bad)
+        if state.reading != self._reading():  # what could not be read so perhaps can be now
+            for name in self._bad:
+                self._done.pop(name, None)
+            self._bad.clear()
         if state.changed and not self._holds(self.out, self.monitor.plan):
             write_plan(self.monitor.plan, self.out)
         written = self._last_written()
         self._append([line for line in state.last if line["n"] > written])
         logger.info("%s: goes on after %d lines", self.state, state.lines)
+
+    def _reading(self) -> str:
+        """The options of reading, to see whether they changed."""
+        given = {name: value for name, value in self.options.items() if value is not None}
+        return repr(sorted(given.items()))
 
     def _holds(self, path: PathLike, plan: Plan) -> bool:
         try:
@@ -397,6 +424,26 @@ class Watch:
             except (ValueError, TypeError, KeyError):
                 continue
         return 0
+
+
+def _check_reading(options: dict[str, Any], problem: Problem) -> None:
+    """Refuse options by which no dump at all could be read."""
+    if options.get("format") is not None:
+        check_format(options["format"])
+    passes, layers = options.get("passes"), options.get("layers")
+    windows = 1 if passes is None else np.size(passes)
+    LoadHistogram(
+        tokens=np.zeros((windows, 1, 1)), passes=passes, phase=options.get("phase") or "mixed"
+    )
+    if isinstance(layers, slice):
+        if layers.stop is None or min(layers.start or 0, layers.stop) < 0:
+            return  # how many these are is up to the dump
+        layers = range(layers.start or 0, layers.stop, layers.step or 1)
+    if layers is not None and len(layers) != problem.layers:
+        raise ProblemError(
+            f"Option layers keeps {len(layers)} rows of a dump, the instance has {problem.layers} "
+            "layers: no dump would fit. Keep as many."
+        )
 
 
 def _read(path: Path, options: dict[str, Any]) -> LoadHistogram:

@@ -17,7 +17,8 @@ from moeplace.constraints import Constraint, MaxMoves, TokenCapacity
 from moeplace.errors import PlanError, ProblemError
 from moeplace.evaluate import evaluate
 from moeplace.plan import Plan
-from moeplace.problem import Problem
+from moeplace.problem import Problem, check_problem
+from moeplace.result import OPTIMAL_GAP, Limits
 from moeplace.result import gap as over
 from moeplace.safety import emptied, halves, twice, twice_bound, unserved, without
 from moeplace.search.split import at_best_shares
@@ -81,6 +82,7 @@ def whatif(
     decode: Problem | None = None,
     slots_most: int | None = None,
     time_limit: float = SECONDS,
+    work_limit: int | None = None,
     workers: int = 1,
     seed: int = 0,
 ) -> Table:
@@ -95,9 +97,11 @@ def whatif(
         a placement for each phase buys over one for both.
     slots_most : int, optional
         Slots that a rank's memory has room for; the curve of redundant experts ends there. By
-        default two more than the largest rank has.
+        default two more than the largest rank has, and never more than experts.
     time_limit : float
         Seconds for all answers together.
+    work_limit : int, optional
+        Search steps of each solve instead: then equal inputs give equal answers.
     workers : int
         Threads.
     seed : int
@@ -107,11 +111,26 @@ def whatif(
     ProblemError
         If an option is out of range, or the problem has no plan as it is.
     """
+    check_problem(problem)
     if not 0 < time_limit < float("inf"):
         raise ProblemError(f"The time limit must be positive and finite, got {time_limit!r}.")
+    limits = Limits(
+        time=time_limit / _Questions.SOLVES if work_limit is None else None,
+        work=work_limit,
+        gap=GAP,
+    )
+    least = -(-problem.experts // problem.ranks)
+    whole = isinstance(slots_most, int | np.integer) and not isinstance(slots_most, bool)
+    if slots_most is not None and not (whole and least <= slots_most <= problem.experts):
+        raise ProblemError(
+            f"Most slots of a rank must be a whole number from {least} (fewer do not hold "
+            f"{problem.experts} experts on {problem.ranks} ranks) to {problem.experts} (one for "
+            f"each expert), got {slots_most!r}."
+        )
     rules = [rule for rule in problem.constraints if not isinstance(rule, MaxMoves)]
-    questions = _Questions(replace(problem, constraints=rules), time_limit, workers, seed)
-    most = int(problem.cluster.slots.max()) + 2 if slots_most is None else slots_most
+    questions = _Questions(replace(problem, constraints=rules), limits, workers, seed)
+    usual = min(int(problem.cluster.slots.max()) + 2, problem.experts)
+    most = usual if slots_most is None else slots_most
     asked: list[tuple[Any, ...]] = [
         (questions, "slots"),
         (questions, "redundancy", most),
@@ -134,11 +153,12 @@ class _Questions:
     #: Solves of a whole table, about: each gets this part of the time.
     SOLVES = 24
 
-    def __init__(self, problem: Problem, time_limit: float, workers: int, seed: int) -> None:
+    def __init__(self, problem: Problem, limits: Limits, workers: int, seed: int) -> None:
         self.problem = problem
         self.how: dict[str, Any] = {
-            "time_limit": time_limit / self.SOLVES,
-            "gap": GAP,
+            "time_limit": limits.time,
+            "work_limit": limits.work,
+            "gap": limits.gap,
             "workers": workers,
             "seed": seed,
         }
@@ -216,13 +236,14 @@ class _Questions:
                 pair for pair in curve if (pair[1].price or 0.0) <= cheapest * (1 + GOOD)
             )
             assert answer.price is not None
-            left = answer.price / fluid - 1 if fluid > 0 else 0.0
+            left = max(1 - fluid / answer.price, 0.0) if answer.price > 0 else 0.0
             yield replace(
                 answer,
                 question=f"best number of redundant experts: {fewest}",
                 lower_bound=min(fluid, answer.price),
                 at_best=self._change(min(fluid, answer.price)),
-                note=f"no number of slots, however large, saves more than {_share(left)} of this",
+                note="no number of slots, however large, saves more"
+                + (f" than {_share(left)} of this" if left > OPTIMAL_GAP else ""),
             )
         if problem.routing == "weighted":
             each = -(-(experts + ranks - 1) // ranks)
@@ -427,4 +448,4 @@ def _joined(prefill: Problem, decode: Problem) -> Problem:
 
 
 def _share(value: float) -> str:
-    return f"{value:.2%}" if value >= 5e-5 else f"{value:.1e}"
+    return f"{value:.2%}" if value >= 5e-5 else f"{100 * value:.1g}%"

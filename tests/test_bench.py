@@ -10,8 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moeplace import bench, bench_hard, bench_latency, cli, instances
-from moeplace.bench import REPORT_SEEDS, SUITES, Case, Row, markdown
+from moeplace import (
+    bench_case,
+    bench_dispatch,
+    bench_hard,
+    bench_latency,
+    bench_live,
+    bench_methods,
+    bench_scale,
+    bench_search,
+    cli,
+    instances,
+)
+from moeplace.bench import SUITES, markdown
+from moeplace.bench_case import REPORT_SEEDS, TUNING_SEEDS, Case, Row
 from moeplace.errors import FormatError, ProblemError
 from moeplace.evaluate import evaluate
 from moeplace.problem import Problem
@@ -19,8 +31,6 @@ from moeplace.result import Result
 from moeplace.solve import solve
 
 SOURCES = Path(__file__).parents[1] / "instances" / "sources"
-#: Seeds on which parameters were tuned, says the module.
-TUNING_SEEDS = range(5)
 TINY = (2, 32, 40, 8)
 
 
@@ -52,20 +62,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     def search_gap(shape: str, seed: int, limit: float, options: dict[str, Any]) -> float:
         return gap_of(shape, seed, limit / 100, options)
 
-    gap_of = bench._search_gap
-    for name, value in (
-        ("generate", generate),
-        ("solve", quick),
-        ("_search_gap", search_gap),
-        ("ProcessPoolExecutor", Here),
-        ("REPORT_SEEDS", REPORT_SEEDS[:2]),
-    ):
-        monkeypatch.setattr(bench, name, value)
-    for name in ("generate", "solve"):
-        monkeypatch.setattr(bench_latency, name, {"generate": generate, "solve": quick}[name])
+    gap_of = bench_search._search_gap
+    for module in (bench_case, bench_dispatch, bench_latency, bench_methods, bench_search):
+        monkeypatch.setattr(module, "generate", generate)
+        monkeypatch.setattr(module, "solve", quick)
+        if module is not bench_latency:
+            monkeypatch.setattr(module, "REPORT_SEEDS", REPORT_SEEDS[:2])
+    monkeypatch.setattr(bench_search, "_search_gap", search_gap)
+    monkeypatch.setattr(bench_search, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(bench_hard, "SHAPE", (1, 64, 72, 32))
     monkeypatch.setattr(bench_hard, "SECONDS", 0.3)
-    monkeypatch.setattr(bench.run, "__defaults__", (REPORT_SEEDS[:2], "auto"))
+    monkeypatch.setattr(bench_case.run, "__defaults__", (REPORT_SEEDS[:2], "auto"))
     return heard
 
 
@@ -152,15 +159,17 @@ def test_each_target_has_a_case(calls: Calls, shipped: Path) -> None:
 
 def test_seeds_that_are_reported_were_not_tuned_on() -> None:
     assert len(set(REPORT_SEEDS)) == 5
-    assert set(REPORT_SEEDS).isdisjoint(TUNING_SEEDS)
-    assert "seeds 0 to 4" in (bench.__doc__ or "")
+    for seeds in (REPORT_SEEDS, bench_hard.SEEDS, bench_latency.SEEDS, bench_live.SEEDS,
+                  [bench_scale._SEED]):  # fmt: skip
+        assert set(seeds).isdisjoint(TUNING_SEEDS)
+    assert "seeds 0 to 4" in (bench_case.__doc__ or "")
 
 
 def test_a_row_is_the_median_of_its_seeds_with_the_worst_beside(calls: Calls) -> None:
     problems = {seed: instances.generate(TINY, seed).aggregate() for seed in (1, 2, 3)}
     given = {1: 1.25, 2: 1.5, 3: 4.0}
     case = Case("made up", problems.__getitem__, 1.0, "goal", score=lambda seed, _: given[seed])
-    row = bench.run(case, seeds=[1, 2, 3])
+    row = bench_case.run(case, seeds=[1, 2, 3])
     assert row["case"] == "made up"
     assert (row["limit"], row["target"]) == ("1 s", "goal")
     assert (row["ratio"], row["of 5, worst"]) == ("1.500000", "4.000000")
@@ -169,20 +178,20 @@ def test_a_row_is_the_median_of_its_seeds_with_the_worst_beside(calls: Calls) ->
 
 def test_a_row_of_a_policy_tells_its_price(calls: Calls) -> None:
     one = instances.generate(TINY, 7).aggregate()
-    row = bench.run(Case("one", lambda _: one, 1.0), seeds=[7], method="contiguous")
+    row = bench_case.run(Case("one", lambda _: one, 1.0), seeds=[7], method="contiguous")
     price = evaluate(one, solve(one, "contiguous").plan).imbalance
     assert row["ratio"] == f"{price:.6f}"
 
 
 def test_drift_is_planned_with_the_moves_it_says(calls: Calls) -> None:
-    row = bench.run(Case("drifted", bench._drifted(3), 1.0), seeds=[100])
+    row = bench_case.run(Case("drifted", bench_case._drifted(3), 1.0), seeds=[100])
     assert 0 <= float(row["moves"]) <= 3  # none where ten milliseconds do not do
 
 
 def test_planning_and_scoring_windows_are_apart(shipped: Path) -> None:
     path = shipped / "real" / "other.json"
     whole = instances.read_instance(path)
-    seen, unseen = (bench._windows(path, part) for part in (0, 1))
+    seen, unseen = (bench_case.every_other(whole, part) for part in (0, 1))
     assert seen.windows + unseen.windows == whole.windows
     assert (seen.loads.tokens == whole.loads.tokens[0::2]).all()
     assert (unseen.loads.tokens == whole.loads.tokens[1::2]).all()
@@ -190,7 +199,7 @@ def test_planning_and_scoring_windows_are_apart(shipped: Path) -> None:
 
 def test_few_spares_have_as_many_as_they_say(calls: Calls) -> None:
     for spares in (16, 4, 0):
-        assert bench._spared("A", 100, spares).cluster.total_slots == TINY[1] + spares
+        assert bench_search._spared("A", 100, spares).cluster.total_slots == TINY[1] + spares
 
 
 # Tables

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moeplace import cli
 from moeplace.formats import read_plan, write_plan
 from moeplace.instances import read_instance
 from moeplace.plan import Plan
@@ -83,23 +82,13 @@ def test_loads_writes_plain_loads_and_an_instance(run: Run, tmp_path: Path) -> N
 def test_loads_refuses_bad_options(run: Run, tmp_path: Path) -> None:
     refused(run("loads", REAL, "--layers", "3"), "--layers must be FROM:TO")
     refused(run("loads", REAL, "--layers", "x:3"), "--layers must be FROM:TO")
+    refused(run("loads", REAL, "--layers", "3:61"), "rows 3:61, but there are 48 .*dense layers")
+    refused(run("loads", REAL, "--out", tmp_path / "x.json"), r"name it .*x\.npz\.")
     refused(run("loads", REAL, "--phase", "idle"), "Phase must be one of|says its phase itself")
     refused(run("loads", REAL, "--ranks", "3"), "--instance, --ranks and --slots belong together")
     refused(run("loads", REAL, "--out", REAL), "must not overwrite an input")
     refused(run("loads", tmp_path), "is a folder without meta_info.json")
     refused(run("loads", REAL, "--format", "x"), "Load format 'x' is unknown")
-
-
-def test_a_bar_is_drawn_for_long_files_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    with cli._reading() as progress:
-        assert progress is None
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    clock = iter([0.0, 0.5, 2.0])
-    monkeypatch.setattr(cli.time, "perf_counter", lambda: next(clock, 3.0))
-    with cli._reading() as progress:
-        assert progress is not None
-        progress(1, 3)
-        progress(2, 3)
 
 
 # --- export ------------------------------------------------------------------------------------
@@ -152,7 +141,37 @@ def test_export_refuses(run: Run, tmp_path: Path) -> None:
     refused(run("export", plan, "--out", out), "needs one of --format")
     refused(run("export", plan, "--format", "vllm"), "[Mm]issing option '--out'")
     refused(run("export", plan, "--format", "moeplace", "--out", plan), "overwrite an input")
+    own = ("export", plan, "--format", "moeplace", "--out", out)
+    refused(run(*own, "--names", "x"), "--names is for --solution")
+    refused(run(*own, "--start", "x"), "--start is for --model")
     assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_what_is_no_path_at_all_is_bad_input(run: Run, tmp_path: Path, name: str) -> None:
+    """Also for commands that look at it before they read it."""
+    plan, out = saved(tmp_path / "plan.json", PLAN), tmp_path / "out.json"
+    good = saved(tmp_path / "good.json", GOOD)
+    watch = ("watch", name, "--instance", good, "--plan", plan, "--out", out, "--once")
+    for command in (
+        ("loads", name),
+        ("loads", name, "--out", tmp_path / "x.npz"),
+        ("export", name, "--format", "moeplace", "--out", out),
+        ("report", name, "--out", out),
+        ("solve", name, "--out", out),
+        watch,
+    ):
+        if command is watch and "\0" in name:
+            refused(run(*command), "is no folder")
+        else:
+            refused(run(*command), "cannot be read .(file name too long|embedded null byte)")
+    refused(run("watch", "", *watch[2:]), "'': is no folder")
+    assert not out.exists()
+
+
+def test_a_plans_format_is_checked_where_no_plan_is_read(run: Run) -> None:
+    refused(run("solve", REAL, "--plan-format", "foo"), "Plan format 'foo' is unknown")
+    refused(run("solve", REAL, "--first-moe-layer", "-1"), "a whole number from 0, got -1")
 
 
 def test_export_drops_shares_only_if_told(run: Run, tmp_path: Path) -> None:
@@ -161,14 +180,6 @@ def test_export_drops_shares_only_if_told(run: Run, tmp_path: Path) -> None:
     refused(run("export", plan, "--format", "vllm", "--out", out), "stores shares")
     assert run("export", plan, "--format", "vllm", "--out", out, "--drop-split").code == 0
     assert read_plan(out, "vllm", ranks=2).split is None
-
-
-@pytest.mark.parametrize("command", ["loads", "export"])
-def test_help_has_an_example(run: Run, command: str) -> None:
-    answer = run(command, "--help")
-    assert answer.code == 0
-    assert f"Example:\n    moeplace {command} " in answer.out
-    assert max(map(len, answer.out.split("\n"))) <= 80
 
 
 def test_engines_plans_with_duplicates_are_priced(run: Run, tmp_path: Path) -> None:

@@ -4,9 +4,10 @@ from pathlib import Path
 import numpy as np
 
 import moeplace as mp
+from moeplace.cli_fit import SHOWN
 from moeplace.hardware import Cluster
 from moeplace.profile import write_profile
-from tests.test_cli import Run, plain_terminal, run
+from tests.test_cli import TOY, Run, plain_terminal, refused, run
 from tests.test_fit import made_up, profile, totals
 
 __all__ = ["plain_terminal", "run"]  # fixtures
@@ -33,6 +34,17 @@ def test_a_trace_is_fitted(run: Run, tmp_path: Path) -> None:
     assert len(one["planes"]["startup"]) == 2
 
 
+def test_long_lists_are_cut(run: Run, tmp_path: Path) -> None:
+    """Each second time falls: the text shows some of them, the JSON all."""
+    rows = "".join(f"0,{n},4,{n * (2 - n % 2) * 1e-6}\n" for n in range(1, 61))
+    path = tmp_path / "t.csv"
+    path.write_text("rank,tokens,activated,seconds\n" + rows)
+    text = run("fit", str(path), "--model", "plane").out
+    falls = json.loads(run("fit", str(path), "--model", "plane", "--json").out)["fits"][0]["falls"]
+    assert text.count("Falls: ") == SHOWN < len(falls)
+    assert f"And {len(falls) - SHOWN} more falls: see --json." in text
+
+
 def test_all_models_are_compared(run: Run, tmp_path: Path) -> None:
     path = trace(tmp_path / "trace.csv")
     answer = json.loads(run("fit", path, "--model", "all", "--json").out)
@@ -51,6 +63,7 @@ def test_totals_are_fitted(run: Run, tmp_path: Path) -> None:
     ]
     path = tmp_path / "totals.csv"
     path.write_text("pass,rank,tokens,activated,seconds\n" + "".join(rows))
+    refused(run("fit", str(path)), "same seconds for all ranks of each pass.*--passive")
     answer = json.loads(run("fit", str(path), "--passive", "--json").out)
     assert [rank["tied"] for rank in answer["ranks"]] == [0, 1, 0]
     assert "was slowest" in run("fit", str(path), "--passive").out
@@ -68,7 +81,9 @@ def test_a_profile_is_fitted_and_planned_with(run: Run, tmp_path: Path) -> None:
     answer = json.loads(run(*solve, "--latency", "planes", "--json").out)
     assert answer["unit"] == "s"
     assert answer["lower_bound"] <= answer["objective"] < 1e-2
-    assert run(*solve, "--latency", "cubic").code == 2
+    refused(run(*solve, "--latency", "cubic"), "--latency must be one of speed, .*'cubic'")
+    refused(run("solve", TOY, "--latency", "cubic"), "--latency must be one of speed")
+    refused(run("solve", TOY, "--latency", "planes"), "give --profile too")
 
 
 def test_bad_files_end_with_2(run: Run, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from moeplace.formats import read_plan, write_plan
 from moeplace.instances import generate, read_instance, write_instance
 from moeplace.migrate import migrate
 from moeplace.solve import solve
-from tests.test_cli import GOOD, PLAN, Run, plain_terminal, run, saved
+from tests.test_cli import GOOD, PLAN, Run, plain_terminal, refused, run, saved
 
 __all__ = ["plain_terminal", "run"]  # fixtures
 
@@ -102,6 +102,10 @@ def test_migrate_within_a_budget(run: Run, files: dict[str, str]) -> None:
         (("NEW", "--engine", "trt"), "one of vllm, sglang"),
         (("NEW", "--intra", "-1"), "intra must be a finite number"),
         (("NEW", "--tolerance", "nan"), "tolerance"),
+        (("NEW", "--steps", "-1"), "Steps must be a finite number from 0"),
+        (("NEW", "--time-limit", "nan"), "time limit must be a finite number"),
+        (("NEW", "--slowdown", "2"), "slowdown must be from 0 to 1"),
+        (("--slowdown", "2", "--step-seconds", "1"), "slowdown must be from 0 to 1"),
         (("--moves", "-2"), "whole number of copies from 0"),
         (("OLD-OUT",), "must not overwrite"),
         (("small",), "one shape|other"),
@@ -179,17 +183,37 @@ def test_watch_with_its_costs(run: Run, files: dict[str, str], tmp_path: Path) -
         ({"--out": "INSTANCE"}, "must not overwrite"),
         ({"--plan": "nowhere"}, "no such file"),
         ({"--layers": "x"}, "FROM:TO"),
+        ({"--layers": "1:3"}, "keeps 2 rows of a dump, the instance has 4 layers"),
+        ({"--layers": "3:1"}, "keeps 0 rows"),
+        ({"--format": "foo"}, "Load format 'foo' is unknown"),
+        ({"--passes": "0"}, "Passes must be finite, above 0"),
+        ({"--passes": "inf"}, "Passes must be finite, above 0"),
+        ({"--engine": "foo"}, "one of vllm, sglang"),
+        ({"--chunk": "2"}, "Chunks are SGLang's"),
+        ({"--engine": "sglang", "--chunk": "0"}, "chunk must be a whole number from 1"),
+        ({"--slowdown": "nan"}, "slowdown must be from 0 to 1"),
+        ({"--moves": "-1"}, "--moves must be a whole number from 1"),
+        ({"--time-limit": "nan"}, "time limit must be a finite number"),
+        ({"--mode": "foo"}, "one of stall, slowed"),
+        ({"--steps": "nan"}, "Steps must be a finite number from 0"),
+        ({"--step-seconds": "nan"}, "Seconds of a step must be above 0"),
+        ({"--settle": "nan"}, "Settle must be finite seconds"),
+        ({"--interval": "nan"}, "--interval must be above 0, at most 1e6 seconds, got nan"),
+        ({"--interval": "0"}, "--interval must be above 0, at most 1e6 seconds, got 0.0"),
+        ({"--state": "OUT"}, "is given for two outputs"),
     ],
 )
 def test_watch_refuses(
     run: Run, files: dict[str, str], tmp_path: Path, change: dict[str, str], words: str
 ) -> None:
     given = {"--instance": files["before"], "--plan": files["old"], "--out": files["out"]}
-    folder = change.pop("DIR", str(tmp_path))
-    given |= {k: files["before"] if v == "INSTANCE" else v for k, v in change.items()}
+    known = {"INSTANCE": files["before"], "OUT": files["out"]}
+    given |= {option: known.get(value, value) for option, value in change.items()}
+    folder = given.pop("DIR", str(tmp_path))
     found = run("watch", folder, "--once", *(part for pair in given.items() for part in pair))
     assert found.code == cli.BAD_INPUT
     assert words in found.err
+    assert not list(tmp_path.iterdir())
 
 
 def test_whatif(run: Run, tmp_path: Path) -> None:
@@ -206,6 +230,8 @@ def test_whatif(run: Run, tmp_path: Path) -> None:
     assert "at best: proven" in text
     assert "decode: a placement of its own" in text
     assert run("whatif", path, "--time-limit", "0").code == cli.BAD_INPUT
+    for most in ("0", "-3", "1000"):
+        refused(run("whatif", path, "--slots-most", most), f"a whole number from .*got {most}")
 
 
 def test_stages_reach_a_plan_that_an_engine_made(run: Run, tmp_path: Path) -> None:
@@ -217,34 +243,3 @@ def test_stages_reach_a_plan_that_an_engine_made(run: Run, tmp_path: Path) -> No
     found = run("migrate", problem, current, new, "--sum-windows", "--json")
     assert found.json["moves"] == 1
     assert migrate(read_plan(current), read_plan(new), expert_bytes=1).moves == 1
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--interval", "nan"], "--interval must be a number of seconds above 0"),
-        (["--format", "foo"], "--format must be one of"),
-        (["--passes", "0"], "--passes must be above 0"),
-        (["--moves", "-1"], "--moves must be a whole number from 1"),
-        (["--time-limit", "nan"], "time limit must be a finite number"),
-        (["--expert-bytes", "100", "--mode", "foo"], "mode must be one of stall, slowed"),
-        (["--expert-bytes", "100", "--engine", "foo"], "engine must be one of vllm, sglang"),
-        (
-            ["--expert-bytes", "100", "--slowdown", "-3"],
-            "slow-down and the steps must be at least 0",
-        ),
-        (["--state", "plan.out"], "is given for two outputs"),
-    ],
-)
-def test_watch_refuses_wrong_options_before_it_begins(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], said: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    one = generate((1, 8, 10, 2), 0).aggregate()
-    write_instance(one, "one.json")
-    write_plan(solve(one).plan, "plan.json")
-    (tmp_path / "dumps").mkdir()
-    arguments = ["dumps", "--instance", "one.json", "--plan", "plan.json", "--out", "plan.out"]
-    answer = run("watch", *arguments, "--once", *options)
-    assert answer.code == 2
-    assert said in " ".join(answer.err.split())

@@ -69,6 +69,11 @@ def test_disaggregated_replans_and_traces(run: Run, small: str, tmp_path: Path) 
         ([*FEW, "--max-tokens", "0"], "max_tokens"),
         ([*FEW, "--trace", "nowhere.csv"], "nowhere.csv"),
         ([*FEW, "--seed", "-4"], "Seed"),
+        ([*FEW, "--slo-ttft", "nan"], "limit of service (ttft) must be above 0 s"),
+        ([*FEW, "--slo-tpot", "-1"], "limit of service (tpot) must be above 0 s"),
+        ([*FEW, "--attainment", "nan"], "Attainment must be above 0"),
+        ([*FEW, "--time-limit", "nan"], "time limit must be a finite number"),
+        ([*FEW, "--workers", "0"], "--workers must be a whole number from 1"),
     ],
 )
 def test_bad_options(run: Run, small: str, arguments: list[str], says: str) -> None:

@@ -290,7 +290,15 @@ def test_an_output_must_not_be_an_input(tmp_path: Path, monkeypatch: pytest.Monk
     assert names(tmp_path) == ["hard", "in.json", "loose", "soft"]
 
 
-def test_outputs_must_differ_from_each_other(tmp_path: Path) -> None:
-    check_outputs([tmp_path / "a", None, tmp_path / "b"])
-    with pytest.raises(FormatError, match="is given for two outputs"):
-        check_outputs([tmp_path / "a", tmp_path / "sub" / ".." / "a"])
+def test_outputs_must_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("there").touch()
+    Path("hard").hardlink_to("there")
+    Path("loose").symlink_to("absent")
+    pairs = (("a", "sub/../a"), ("a", "./a"), ("absent", "loose"), ("loose", "absent"))
+    for one, two in (*pairs, ("there", "hard")):
+        with pytest.raises(FormatError, match="is given for two outputs"):
+            check_outputs([one, None, two])
+    with pytest.raises(FormatError, match="is the input"):
+        check_outputs(["a", "b"], [None, "b"])
+    check_outputs(["a", "b", None, "/dev/null", "/dev/null"], ["c", None])

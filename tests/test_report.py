@@ -1,5 +1,6 @@
 """Figures hold the data they are given; the report is one sound page that needs nothing else."""
 
+import base64
 import json
 import re
 import sys
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 
 from moeplace import figures
+from moeplace.bench_run import COLUMNS
+from moeplace.bench_table import as_csv
 from moeplace.constraints import MaxMoves
 from moeplace.errors import MissingExtraError, ProblemError
 from moeplace.evaluate import evaluate
@@ -130,11 +133,11 @@ def test_moves_and_convergence() -> None:
 
 def test_our_plan_always_has_one_style() -> None:
     for count in (1, 2, 6, 9):
-        styles = figures._styles(count)
+        styles = figures.styles(count)
         assert len(styles) == count
         assert styles[-1] == figures.STYLES[-1]
         assert styles[-1] not in styles[:-1]
-    assert figures._styles(0) == []
+    assert figures.styles(0) == []
 
 
 # --------------------------------------------------------------------------------- study
@@ -223,6 +226,63 @@ def test_names_cannot_become_markup(problem: Problem) -> None:
     assert "alert(1)</script>" not in text
     page = Parsed(text)
     assert len(page.of("script")) == 2 + len(page.texts) - 6  # plotly, ours, data; 6 are headings
+
+
+def table_of_runs(folder: Path) -> Path:
+    """A table of two instances, three methods and two seeds, one of which was cut off."""
+    row = dict.fromkeys(COLUMNS, "") | {"set": "tiny", "status": "feasible", "legal": "true"}
+    rows = []
+    for name, hard in (("tiny-100", 1.0), ("tiny-101", 2.0)):
+        for method, seed, gap, goal in (
+            ("eplb", "100", 0.25, ""), ("vibe", "100", 1e-4, "0.002"),
+            ("auto", "100", 1e-5, "0.001"), ("auto", "101", 1e-5, "0.003" if hard == 1 else ""),
+        ):  # fmt: skip
+            rows.append(row | {
+                "instance": name, "method": method, "seed": seed, "lower_bound": str(hard),
+                "objective": str(hard * (1 + gap)), "gap": str(gap), "ratio": str(1 + gap),
+                "wall_seconds": "0.01", "cpu_seconds": "0.01", "goal_seconds": goal,
+                "moves": "3", "trace": f"0.001:0.5 0.01:{gap}",
+            })  # fmt: skip
+    folder.mkdir()
+    settings = {"sets": ["tiny"], "methods": ["auto", "eplb", "vibe"], "seeds": [100, 101],
+                "time_limit": 0.01, "work_limit": None, "jobs": 1}  # fmt: skip
+    about = {"settings": settings, "environment": {"processor": "<b>", "commit": None}}
+    (folder / "runs.csv").write_text(as_csv(rows))
+    (folder / "settings.json").write_text(json.dumps(about))
+    return folder
+
+
+def test_a_table_of_runs_is_reported(run: Run, tmp_path: Path) -> None:
+    folder, out = table_of_runs(tmp_path / "t"), tmp_path / "r.html"
+    answer = run("report", str(folder), "--out", str(out))
+    assert answer.code == 0, answer.err
+    text = out.read_text(encoding="utf-8")
+    page = Parsed(text)
+    assert [each["id"] for each in page.of("h2")] == ["set-tiny", "not-run"]
+    assert "<b>" not in text.replace("</b>", "").partition("<script>")[0]
+    data = {name: json.loads(page.texts[f"data-{name}-tiny"])["data"]
+            for name in ("ratio", "gaps", "time", "profile")}  # fmt: skip
+    lines = {name: {line["name"]: line for line in drawn if "name" in line}
+             for name, drawn in data.items()}  # fmt: skip
+    assert list(lines["ratio"]) == ["eplb", "vibe", "auto"], "ours comes last"
+    shares = {name: list(figures_of(line["y"])) for name, line in lines["profile"].items()}
+    assert shares["eplb"][-1] == 0.0
+    assert shares["vibe"][-1] == 1.0
+    assert shares["auto"][-1] == 0.5, "a seed that was cut off is not reached"
+    assert "1.2500" in text
+    (folder / "runs.csv").write_text(as_csv([]))
+    before = out.read_bytes()
+    assert run("report", str(folder), "--out", str(out)).code == 2
+    (folder / "settings.json").write_text("{}")
+    assert run("report", str(folder), "--out", str(out)).code == 2
+    assert out.read_bytes() == before
+
+
+def figures_of(stored: Any) -> np.ndarray:
+    """Numbers of a figure's data: a list, or bytes in base 64."""
+    if isinstance(stored, dict):
+        return np.frombuffer(base64.b64decode(stored["bdata"]), dtype=stored["dtype"])
+    return np.array(stored)
 
 
 def large() -> Study:

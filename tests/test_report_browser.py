@@ -15,7 +15,7 @@ import pytest
 
 from moeplace.report import report
 from moeplace.study import study
-from tests.test_report import large, problem
+from tests.test_report import large, problem, table_of_runs
 
 __all__ = ["problem"]  # fixture
 
@@ -143,6 +143,15 @@ def test_filter_and_choice_of_plan_by_keyboard(opened: Callable[..., Browser]) -
     )
     assert scales[0] == scales[1]
 
+    browser.find_element("id", "own-scale").send_keys(Keys.SPACE)
+    scales = browser.execute_script(
+        "return ['plot-side0', 'plot-side1'].map(i => document.getElementById(i)._fullLayout"
+        ".coloraxis).map(c => [c.cmin, c.cmax])"
+    )
+    assert scales[0][1] > scales[1][1], "each plan has its own"
+    assert browser.execute_script(ranges, "plot-side0", "yaxis") == [5.5, 1.5]
+    browser.find_element("id", "own-scale").send_keys(Keys.SPACE)
+
     browser.find_element("id", "all").send_keys(Keys.ENTER)
     assert browser.find_element("id", "shown").text == "layers 0 to 5 shown"
     summary = browser.find_element("css selector", "details > summary")
@@ -153,21 +162,24 @@ def test_filter_and_choice_of_plan_by_keyboard(opened: Callable[..., Browser]) -
 
 @pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (1200, "dark"), (390, "light")])
 def test_accessible(opened: Callable[..., Browser], width: int, scheme: str) -> None:
+    assert violations(opened(width, scheme)) == []
+
+
+def violations(browser: Browser) -> list[Any]:
+    """What axe finds on the page with all its tables open."""
     package = importlib.util.find_spec("axe_selenium_python")
     if package is None or package.origin is None:
         pytest.skip("axe-selenium-python is not installed")
-    browser = opened(width, scheme)
     browser.execute_script("document.querySelectorAll('details').forEach(d => { d.open = true })")
     axe = Path(package.origin).parent / "node_modules/axe-core/axe.min.js"
     browser.execute_script(axe.read_text(encoding="utf-8"))
     found = browser.execute_async_script(
         "const done = arguments[0]; axe.run().then(r => done(JSON.stringify(r.violations)))"
     )
-    said = [
+    return [
         (each["id"], [(node["target"], node["failureSummary"]) for node in each["nodes"]][:3])
         for each in json.loads(found)
     ]
-    assert said == []
 
 
 def test_fits_a_phone(opened: Callable[..., Browser]) -> None:
@@ -206,6 +218,34 @@ def test_prints(opened: Callable[..., Browser]) -> None:
     assert ground == "rgb(255, 255, 255)"
     assert tools == "none"
     assert wide <= 680
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from moeplace.bench_report import report_runs
+
+    path = tmp_path_factory.mktemp("runs") / "report.html"
+    path.write_text(report_runs(table_of_runs(path.parent / "t")), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (390, "dark")])
+def test_a_report_on_runs_is_drawn_and_accessible(
+    opened: Callable[..., Browser], runs: Path, width: int, scheme: str
+) -> None:
+    browser = opened(width, scheme, runs)
+    drawn = browser.execute_script(
+        "return [...document.querySelectorAll('.plot')].map(p => [p.id, p.querySelectorAll("
+        "'.trace').length, p.querySelectorAll('.annotation').length])"
+    )
+    assert [name for name, *_ in drawn] == [
+        f"plot-{kind}-tiny" for kind in ("ratio", "gaps", "time", "profile")
+    ]
+    assert min(marks for _, marks, _ in drawn) >= 2
+    assert [names for *_, names in drawn[1:]] == [3, 3, 3], "each line has its name"
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert violations(browser) == []
+    assert browser.get_log("browser") == []
 
 
 def test_a_large_report_is_drawn(opened: Callable[..., Browser], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from moeplace.errors import MissingExtraError, ProblemError
 from moeplace.instances import generate
 from moeplace.requests import Profiles, Requests
 from moeplace.simulate import Engine, simulate
-from moeplace.sweep import on_cluster, sweep
+from moeplace.sweep import as_done, on_cluster, sweep
 
 
 def served(seed: int, folder: str = "", wait: float = 0.0) -> tuple[int, float]:
@@ -40,6 +40,16 @@ def test_threads_give_what_one_gives() -> None:
 def test_errors_come_through() -> None:
     with pytest.raises(ProblemError):
         sweep(served, [(0,), (-1,)], workers=2)
+
+
+def test_results_as_they_are_done_come_from_processes() -> None:
+    calls = [(seed,) for seed in range(4)]
+    assert list(as_done(served, calls)) == sweep(served, calls)
+    assert sorted(as_done(divmod, [(9, 4), (7, 2)], jobs=2)) == [(2, 1), (3, 1)]
+    told = as_done(served, [(0,), (-1,), (1,)])
+    assert next(told) == served(0)
+    with pytest.raises(ProblemError):
+        next(told)
 
 
 def test_no_scheduler_is_told() -> None:
@@ -76,6 +86,7 @@ def test_a_killed_worker_loses_nothing(tmp_path: Path) -> None:
         killer.start()
         with on_cluster(dask=cluster.scheduler_address):
             found = sweep(served, calls)
+            assert sorted(as_done(served, calls[:3])) == expected[:3]
         killer.join()
     assert found == expected
     pids = {int(path.name.split("-")[0]) for path in tmp_path.iterdir()}
@@ -102,6 +113,7 @@ def test_ray_runs_the_same_in_other_processes(tmp_path: Path) -> None:
     calls = [(seed, str(tmp_path), 0.3) for seed in range(6)]
     with on_cluster(ray="local"):
         found = sweep(served, calls)
+        assert sorted(as_done(served, [(seed,) for seed in range(3)])) == found[:3]
     assert found == [served(seed) for seed in range(6)]
     pids = {int(path.name.split("-")[0]) for path in tmp_path.iterdir()}
     assert os.getpid() not in pids

@@ -1,3 +1,4 @@
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -6,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moeplace import topology
 from moeplace.constraints import MaxOffNode
 from moeplace.dispatch import FIXED, shares, sources
 from moeplace.errors import ProblemError
@@ -64,9 +66,10 @@ def test_traffic_is_what_every_source_rank_sends_away(data: st.DataObject) -> No
                 off_rank += copies * (rank[slot] != source)
                 off_node += copies * (nodes[rank[slot]] != nodes[source])
     total = max(one.tokens[0, 0].sum(), 1e-300)
-    found = traffic(one, placed, top_k=3)
-    assert found.off_rank[0, 0] == pytest.approx(3 * off_rank / total, abs=1e-9)
-    assert found.off_node[0, 0] == pytest.approx(3 * off_node / total, abs=1e-9)
+    k = min(3, one.experts)
+    found = traffic(one, placed, top_k=k)
+    assert found.off_rank[0, 0] == pytest.approx(k * off_rank / total, abs=1e-9)
+    assert found.off_node[0, 0] == pytest.approx(k * off_node / total, abs=1e-9)
 
 
 @given(data=st.data())
@@ -111,6 +114,9 @@ def test_bytes_count_both_ways_and_all_layers() -> None:
     assert found.bytes_per_token(100) == (4 * 400, 4 * 400)
     assert found.bytes_per_token(100, dispatch_bytes=1)[1] == 4 * 300
     assert traffic(one, placed).bytes_per_token(100)[1] == 0  # one node
+    for top_k in (0.0, one.experts + 0.5, float("nan"), float("inf")):
+        with pytest.raises(ProblemError, match=rf"at most the {one.experts} experts of a layer"):
+            traffic(one, placed, top_k)
     with pytest.raises(ProblemError, match="hidden size must be above 0"):
         found.bytes_per_token(0)
 
@@ -136,8 +142,10 @@ class TestMaxOffNode:
         one = problem([1, 1], [1, 1], [1, 1], constraints=[MaxOffNode(0.4)])
         placed = plan([0, 1], [1, 1])
         assert evaluate(one, placed).legal  # one node
-        broken = evaluate(on_nodes(one, [0, 1]), placed).violations
-        assert broken == (
+        priced = evaluate(on_nodes(one, [0, 1]), placed)
+        assert priced.off_node_excess == pytest.approx(np.array([[0.1]]))
+        assert evaluate(replace(one, constraints=[]), placed).off_node_excess is None
+        assert priced.violations == (
             "layer 0: 0.5 of the copies in window 0 leave their node, at most 0.4 may",
         )
 
@@ -152,6 +160,29 @@ class TestMaxOffNode:
         none = solve(replace(static, constraints=[MaxOffNode(0.01)]), work_limit=50_000)
         assert none.status == "infeasible"
         assert "leave their node whatever the plan" in (none.reason or "")
+
+    def test_traffic_is_computed_once_for_each_price(self, monkeypatch: Any) -> None:
+        """Not again where the search asks how far a plan is from what may be."""
+        one = generate((2, 16, 32, 4), 0).aggregate()
+        cluster = Cluster.from_speeds(one.cluster.speeds, 8, 4, "relative")
+        static = replace(one, cluster=cluster, routing="sglang-static")
+        evaluating = sys.modules["moeplace.evaluate"]  # the package has a function of that name
+        counts = {"traffic": 0, "prices": 0}
+        whole, price = topology.traffic, evaluating._violations
+
+        def counted(*arguments: Any) -> Any:
+            counts["traffic"] += 1
+            return whole(*arguments)
+
+        def priced(*arguments: Any) -> Any:
+            counts["prices"] += 1
+            return price(*arguments)
+
+        monkeypatch.setattr(topology, "traffic", counted)
+        monkeypatch.setattr(evaluating, "_violations", priced)
+        limited = replace(static, constraints=[MaxOffNode(0.72)])
+        assert solve(limited, work_limit=50_000).evaluation is not None
+        assert 3 < counts["traffic"] == counts["prices"]
 
     @pytest.mark.parametrize("fraction", [-0.1, 1.1, True, "half", float("nan")])
     def test_it_must_be_a_fraction(self, fraction: Any) -> None:

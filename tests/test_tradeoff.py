@@ -84,3 +84,7 @@ def test_nonsense_is_refused(drifted: tuple[Problem, Plan]) -> None:
         tradeoff(problem, current, expert_bytes=1, budgets=(-1,))
     with pytest.raises(ProblemError, match="per layer or total, got 'rank'"):
         tradeoff(problem, current, expert_bytes=1, per="rank")  # type: ignore[arg-type]
+    with pytest.raises(ProblemError, match="Expert bytes must be finite, at least 1"):
+        tradeoff(problem, current, expert_bytes=-100)
+    with pytest.raises(ProblemError, match="needs 20 expert bytes, got 2"):
+        tradeoff(problem, current, expert_bytes=[1, 2])

@@ -162,6 +162,21 @@ def test_bad_dumps_are_logged_and_passed_over(folder: Folder) -> None:
     assert not folder.out.exists()
 
 
+def test_bad_dumps_are_read_again_when_the_options_change(folder: Folder) -> None:
+    (folder.dumps / "0.json").write_text("{")
+    folder.dump(4)
+    wrong: dict[str, Any] = {"format": "sglang", "layers": None}
+    assert folder.watch(options=wrong).poll(settled=True) == 2
+    assert folder.watch(options=wrong).poll(settled=True) == 0
+    assert folder.watch().poll(settled=True) == 2
+    assert [line["action"] for line in folder.lines()] == ["skip", "skip", "skip", "keep"]
+    assert folder.watch().poll(settled=True) == 0
+    state = json.loads(folder.state.read_text())
+    del state["reading"]  # as older ones are
+    folder.state.write_text(json.dumps(state))
+    assert folder.watch().poll(settled=True) == 1
+
+
 def test_half_written_dumps_are_waited_for(folder: Folder) -> None:
     watch = folder.watch(settle=3600.0)
     path = folder.dump(4)

@@ -97,6 +97,7 @@ def test_redundant_experts_under_weighted_routing() -> None:
     rule = answers["ranks - 1 = 7 redundant experts"]
     assert rule.price == pytest.approx(fluid, rel=1e-9)
     best = answers["best number of redundant experts: 8"]
+    assert best.note == "no number of slots, however large, saves more"
     assert best.lower_bound == pytest.approx(fluid, rel=1e-12)
     none = answers["0 redundant experts (8 slots a rank)"]
     assert none.lower_bound is not None
@@ -108,22 +109,26 @@ def test_redundant_experts_under_weighted_routing() -> None:
 def test_phases_of_unlike_loads_want_their_own_placements() -> None:
     prefill, decode = (generate((3, 32, 40, 8), seed).aggregate() for seed in (1, 2))
     decode = replace(decode, cluster=prefill.cluster)
-    answers = by_question(prefill, decode=decode, time_limit=2.0)
+    answers = by_question(prefill, decode=decode, work_limit=2_000_000)
     for name in ("prefill", "decode"):
         answer = answers[f"{name}: a placement of its own"]
         assert answer.change is not None
         assert answer.at_best is not None
         assert answer.at_best <= answer.change < -0.01
-    same = by_question(prefill, decode=prefill, time_limit=2.0)
+    same = by_question(prefill, decode=prefill, work_limit=2_000_000)
     assert same["decode: a placement of its own"].change == pytest.approx(0.0, abs=1e-3)
     with pytest.raises(ProblemError, match="one model on one cluster"):
         whatif(prefill, decode=generate((3, 16, 24, 8), 1).aggregate())
 
 
 def test_a_whole_table_of_the_real_size_is_within_its_bounds() -> None:
+    """By steps, not by time: so it is the same table on a busy machine."""
     start = generate("A", 100).aggregate()
     nodes = Cluster.from_speeds(start.cluster.speeds, 9, 4, "relative")
-    answers = by_question(replace(start, cluster=nodes), time_limit=8.0, workers=2)
+    start = replace(start, cluster=nodes)
+    answers = by_question(start, work_limit=4_000_000, workers=2)
+    again = by_question(start, work_limit=4_000_000)
+    assert {q: a.price for q, a in answers.items()} == {q: a.price for q, a in again.items()}
     assert len(answers) >= 17
     for answer in answers.values():
         if answer.gap is not None:
@@ -135,6 +140,11 @@ def test_odd_options_are_refused() -> None:
     start = problem([1.0, 1.0], [1.0, 1.0], [1, 1])
     with pytest.raises(ProblemError, match="time limit must be positive"):
         whatif(start, time_limit=0.0)
+    with pytest.raises(ProblemError, match="work limit must be a finite number"):
+        whatif(start, work_limit=-1)
+    for most in (0, -3, 3, 1.5, True):
+        with pytest.raises(ProblemError, match="must be a whole number from 1 .* to 2 .*, got"):
+            whatif(start, slots_most=most)  # type: ignore[arg-type]
     barred = replace(start, constraints=[Forbid(0, 0), Forbid(0, 1)])
     with pytest.raises(ProblemError, match="no plan as it is"):
         whatif(barred)
@@ -179,7 +189,7 @@ def test_no_loss_of_a_node_leaves_an_expert_unserved(routing: Any, slots: int) -
     start = replace(start, cluster=cluster)
     side = halves(cluster.speeds, nodes)
     assert side.sum() == 4
-    found = twice(start, side, {"time_limit": 0.5})
+    found = twice(start, side, {"time_limit": 0.5, "work_limit": None})
     for node in range(4):
         assert unserved(found, nodes == node) == 0
     price = at_best_shares(start, found)

@@ -6,6 +6,7 @@
     responsive: true, displaylogo: false, scrollZoom: false, displayModeBar: "hover",
     modeBarButtonsToRemove: ["select2d", "lasso2d", "zoomIn2d", "zoomOut2d"],
   };
+  const own = document.getElementById("own-scale");
   const from = document.getElementById("from"), to = document.getElementById("to");
 
   const drawn = (plot) => {
@@ -14,6 +15,10 @@
     if (narrow) {
       figure.layout.margin = { ...figure.layout.margin, l: 50, r: Math.min(112, figure.layout.margin.r) };
       figure.layout.font.size = 11;
+    }
+    if (own?.checked && figure.layout.coloraxis) {
+      delete figure.layout.coloraxis.cmin;
+      delete figure.layout.coloraxis.cmax;
     }
     return Plotly.react(plot, figure.data, figure.layout, config);
   };
@@ -59,6 +64,11 @@
       const plot = document.getElementById(select.dataset.plot);
       plot.dataset.figure = select.value;
       plot.setAttribute("aria-label", "Heat map of rank times: " + select.selectedOptions[0].text);
+      drawn(plot);
+      filter(plot, ...chosen());
+    }));
+  own?.addEventListener("change", () =>
+    plots.filter((plot) => plot.closest(".pair")).forEach((plot) => {
       drawn(plot);
       filter(plot, ...chosen());
     }));

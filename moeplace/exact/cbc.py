@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moeplace.errors import SolverError
+from moeplace.errors import ProblemError, SolverError
 from moeplace.exact.model import Model
 from moeplace.exact.solvers import Answer, Request, lowered
 
@@ -17,6 +17,8 @@ from moeplace.exact.solvers import Answer, Request, lowered
 PATIENCE = 3.0
 #: What CBC's log says of a model without solutions (the objective is bounded).
 INFEASIBLE = "^(Problem is infeasible|Pre-processing says infeasible|Result - Problem proven inf)"
+#: What CBC's log says of a parameter that it does not know, or of a value that is none.
+NO_OPTION = "(No match for|.* is illegal for .* parameter)"
 
 
 def to_pulp(model: Model, hint: Any = None) -> tuple[Any, list[Any]]:
@@ -103,6 +105,11 @@ def solve(model: Model, request: Request) -> Answer:
     for line in lines:
         if request.log is not None:
             request.log(line)
+        if request.options and re.match(NO_OPTION, line):
+            names = ", ".join(request.options)
+            raise ProblemError(
+                f"CBC does not take its parameters ({names}): {line.strip()!r}. Correct them."
+            )
     text = "\n".join(lines)
     solved = status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible)
     if not solved and re.search(INFEASIBLE, text, re.MULTILINE):
@@ -129,12 +136,17 @@ def _run(command: list[str], log: str, request: Request) -> None:
         running = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
         )
-        if request.stop is not None:
-            request.stop.on_stop(lambda: running.send_signal(signal.SIGINT))
-        while True:
-            try:
-                running.wait(PATIENCE)
-                return
-            except subprocess.TimeoutExpired:
-                if request.stop is not None and request.stop.called:
-                    running.kill()
+        try:
+            if request.stop is not None:
+                request.stop.on_stop(lambda: running.send_signal(signal.SIGINT))
+            while True:
+                try:
+                    running.wait(PATIENCE)
+                    return
+                except subprocess.TimeoutExpired:
+                    if request.stop is not None and request.stop.called:
+                        return
+        finally:
+            if running.poll() is None:  # told to stop in vain, or an error here
+                running.kill()
+                running.wait()

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from moeplace._check import FloatArray
-from moeplace.errors import SolverError
+from moeplace.errors import ProblemError, SolverError
 from moeplace.exact.model import Model
 from moeplace.exact.solvers import Answer, Request
 
@@ -110,7 +110,14 @@ def solve(model: Model, request: Request) -> Answer:
     if request.work is not None:
         options.max_deterministic_time = request.work
     for name, option in request.options.items():
-        setattr(options, name, option)
+        try:
+            setattr(options, name, option)
+        except (AttributeError, TypeError, ValueError) as cause:
+            why = "there is none" if isinstance(cause, AttributeError) else "wrong type of value"
+            raise ProblemError(
+                f"CP-SAT does not take the parameter {name}={option!r}: {why}. See its "
+                "SatParameters."
+            ) from cause
     if request.log is not None:
         options.log_search_progress = True
         options.log_to_stdout = False
@@ -128,6 +135,9 @@ def solve(model: Model, request: Request) -> Answer:
                 request.incumbent(price, self.best_objective_bound * factor + model.constant)
 
     name = solver.status_name(solver.solve(made, Seen()))
+    if name == "MODEL_INVALID" and request.options and not made.validate():
+        names = ", ".join(request.options)
+        raise ProblemError(f"CP-SAT does not take its parameters ({names}): out of range.")
     if name == "MODEL_INVALID":
         raise SolverError(f"CP-SAT refuses the model: {made.validate()}")
     if name == "INFEASIBLE":

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moeplace.errors import SolverError
+from moeplace.errors import ProblemError, SolverError
 from moeplace.exact.model import Model
 from moeplace.exact.solvers import Answer, Request, lowered
 
@@ -83,9 +83,11 @@ def solve(model: Model, request: Request, kind: str) -> Answer:
             interrupter=interrupter,
         )
     except AttributeError as cause:  # how ortools 9.15 fails to tell of a status
-        raise SolverError(
-            f"{kind} through MathOpt refuses the model: {cause.__context__}"
-        ) from cause
+        why = f"{kind} through MathOpt refuses the model: {cause.__context__}"
+        if request.options and "INVALID_ARGUMENT" in why:
+            names = ", ".join(request.options)
+            raise ProblemError(f"{why}. Check the solver's own parameters ({names}).") from cause
+        raise SolverError(why) from cause
     ended = result.termination
     reason = ended.reason.name
     if reason in ("INFEASIBLE", "INFEASIBLE_OR_UNBOUNDED"):

@@ -154,9 +154,11 @@ class Exact:
         else:
             cut = cutoffs(problem, run.bound.per_layer, run.best, alone=True)
 
-        def one(task: tuple[int, float | None, float | None]) -> tuple[int, Model, Answer]:
+        def one(task: tuple[int, float | None, float | None]) -> tuple[int, Model, Answer] | None:
             layer, seconds, work = task
             left = self.left()
+            if left == 0.0:  # building a model of a real size takes a second, too
+                return None
             if seconds is not None and left is not None:
                 seconds = min(seconds, left)
             model = build(
@@ -170,7 +172,7 @@ class Exact:
             )
             return layer, model, self._ask(model, seconds, work, max(workers, 1))
 
-        found = self._run(one, tasks, run.workers)
+        found = [each for each in self._run(one, tasks, run.workers) if each is not None]
         slots = None if run.best is None else run.best.plan.slots.copy()
         fresh: dict[int, Any] = {}
         for layer, model, answer in found:
@@ -356,6 +358,8 @@ class Exact:
                     future.set_result(call(task))
                 except BaseException as error:
                     future.set_exception(error)
+                    for other in waiting:  # those that run go on to their end
+                        other.cancel()
 
         for _ in range(min(max(workers, 1), len(tasks))):
             threading.Thread(target=serve, daemon=True).start()

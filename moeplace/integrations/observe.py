@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from moeplace._check import FloatArray, IntArray
-from moeplace._files import PathLike, read_json, write_json
+from moeplace._files import PathLike, read_json, reading, write_json
 from moeplace.errors import FormatError
 from moeplace.formats._npy import npz, write_npz
 
@@ -135,7 +135,8 @@ def check_header(folder: PathLike) -> None:
 def is_observed(path: PathLike) -> bool:
     """Whether a folder holds recorded decisions, or is one model's part of such."""
     folder = Path(path)
-    return (folder / HEADER).exists() or (folder.parent / HEADER).exists()
+    with reading(path):
+        return (folder / HEADER).exists() or (folder.parent / HEADER).exists()
 
 
 def model_folder(path: PathLike) -> Path:

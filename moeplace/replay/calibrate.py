@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from moeplace._files import PathLike, check_output
-from moeplace.errors import ReplayError
+from moeplace.errors import ProblemError
 from moeplace.loads import Phase
 from moeplace.profile import MAX_AGE_DAYS, Entry, Profile, Sample, read_profile, write_profile
 from moeplace.replay.launch import run_job
@@ -93,14 +93,16 @@ def calibrate_ranks(
 
     Raises
     ------
+    ProblemError
+        If an option is out of range.
     ReplayError
-        If an option is out of range or the ranks fail.
+        If the ranks fail.
     FormatError
         If the file cannot be written, or holds something else.
     """
     at_least("Slots", slots, 1)
     if phase not in get_args(Phase):
-        raise ReplayError(f"Phase must be one of {', '.join(get_args(Phase))}, got {phase!r}.")
+        raise ProblemError(f"Phase must be one of {', '.join(get_args(Phase))}, got {phase!r}.")
     usual = default_grid(slots, phase)
     grids: list[tuple[int, ...]] = []
     for name, given, default in (
@@ -112,13 +114,13 @@ def calibrate_ranks(
         grids.append(tuple(given or default))
     points = tuple(sorted({(a, n) for a in grids[0] for n in grids[1] if a <= min(n, slots)}))
     if not points:
-        raise ReplayError(
+        raise ProblemError(
             f"The grid has no point: activated slots {grids[0]} must be at most the {slots} slots "
             f"and the tokens {grids[1]}. Give fewer activated slots or more tokens."
         )
     for name, limit in (("Seconds", seconds), ("Soak", soak)):
         if limit is not None and not 0 <= limit < float("inf"):
-            raise ReplayError(f"{name} must be a finite number from 0, got {limit}.")
+            raise ProblemError(f"{name} must be a finite number from 0, got {limit}.")
     check_output(out)
     if Path(out).exists():
         read_profile(out)  # refuse another file before measuring

@@ -6,8 +6,8 @@ so the same code runs on fake GPU tensors where there is no GPU.
 A kernel is ``f(tokens, up, down, ends) -> outputs``: `tokens` [rows, hidden] sorted by slot,
 `up` [slots, 2 * intermediate, hidden] (gate above up projection), `down`
 [slots, hidden, intermediate], `ends` int32 [slots], the row at which each slot's group ends;
-`outputs` [rows, hidden]. ``module:function`` names one of your own, e.g. a wrapper of the
-engine's fused kernel, whose time is not that of a loop on the host.
+`outputs` [rows, hidden] of the same type. ``module:function`` names one of your own, e.g. a
+wrapper of the engine's fused kernel, whose time is not that of a loop on the host.
 """
 
 import importlib
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moeplace.errors import ReplayError
+from moeplace.errors import ProblemError, ReplayError
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -57,10 +57,25 @@ class Experts:
     def once(self, tokens: Tensor, up: Tensor, down: Tensor, groups: Groups) -> Tensor:
         """Outputs [rows, hidden] of tokens [rows, hidden] sorted by slot."""
         if self._own is not None:
-            return self._own(tokens, up, down, groups.ends)
+            return self._checked(self._own(tokens, up, down, groups.ends), tokens)
         if self.name == "loop":
             return loop(tokens, up, down, groups.sizes)
         return grouped(tokens, up, down, groups.ends)
+
+    def _checked(self, outputs: object, tokens: Tensor) -> Tensor:
+        """What a user's kernel gave, if it is what its contract says."""
+        if not isinstance(outputs, Tensor):
+            raise ProblemError(
+                f"Kernel {self.name} must give outputs [rows, hidden], a tensor, got a "
+                f"{type(outputs).__name__}. Return one row for each row of tokens."
+            )
+        if (outputs.shape, outputs.dtype) != (tokens.shape, tokens.dtype):
+            raise ProblemError(
+                f"Kernel {self.name} must give outputs [rows, hidden] as tokens are, "
+                f"{tuple(tokens.shape)} of {tokens.dtype}, got {tuple(outputs.shape)} of "
+                f"{outputs.dtype}. Return one row for each row of tokens, in their order."
+            )
+        return outputs
 
     def repeats(self, groups: Groups) -> list[Groups]:
         """What is run again: the whole groups, and a prefix of their rows for a fraction."""
@@ -124,16 +139,16 @@ def resolve(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def load(name: str) -> Kernel:
-    """Import ``module:function``."""
+    """Import ``module:function``; ProblemError if there is no such function."""
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as cause:
-        raise ReplayError(
-            f"Kernel {name!r} cannot be imported ({cause}). Give module:function of a module on "
-            "the import path (PYTHONPATH)."
+    except Exception as cause:  # whatever a user's module does
+        raise ProblemError(
+            f"Kernel {name!r} cannot be imported ({type(cause).__name__}: {cause}). Give "
+            "module:function of a module on the import path (PYTHONPATH)."
         ) from cause
     if not callable(found):
-        raise ReplayError(f"Kernel {name!r} is not a function.")
+        raise ProblemError(f"Kernel {name!r} is not a function.")
     kernel: Kernel = found
     return kernel

@@ -9,6 +9,7 @@ import contextlib
 import os
 import pickle
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from moeplace.errors import MoeplaceError, ReplayError
+from moeplace.errors import MoeplaceError, ProblemError, ReplayError
 from moeplace.replay.settings import Runtime, require_torch, said_by_all, under_launcher
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
 GRACE = 2.0  #: seconds in which the others may tell why, once one rank has failed
 _PEER = re.compile(r"gloo|connection|socket|nccl|timed? ?out|broken pipe|store", re.IGNORECASE)
-_FAULT, _LOST = 1, 3  # exit codes: this rank failed; it lost touch with another one
+#: Exit codes: this rank failed; its input is at fault; it lost touch with another rank.
+_FAULT, _BAD_INPUT, _LOST = 1, 2, 3
 
 
 class Job(Protocol):
@@ -53,6 +55,8 @@ def run_job(job: Job) -> Any:
     ------
     MissingExtraError
         If torch is not installed.
+    ProblemError
+        If torchrun started another number of ranks, or a rank finds the input at fault.
     ReplayError
         If a rank fails or dies, ranks cannot meet, or the time is up.
     """
@@ -70,7 +74,8 @@ def _as_rank(job: Job, store: str) -> Any:
     if ranks != job.runtime.ranks:
         raise said_by_all(
             f"The job has {ranks} ranks (WORLD_SIZE) but {job.runtime.ranks} were asked for: the "
-            "two must be equal. Start as many processes as the plan has ranks."
+            "two must be equal. Start as many processes as the plan has ranks.",
+            bad_input=True,
         )
     limit = threading.Timer(job.runtime.timeout, _out_of_time, (job.runtime.timeout,))
     limit.daemon = True
@@ -184,10 +189,10 @@ def _await(
     while time.monotonic() < until and any(process.poll() is None for process in ranks):
         time.sleep(0.02)
     codes = [process.poll() for process in ranks]
-    raise ReplayError(_why(codes, folder))
+    raise _why(codes, folder)
 
 
-def _why(codes: list[int | None], folder: Path) -> str:
+def _why(codes: list[int | None], folder: Path) -> MoeplaceError:
     """The first cause: a killed rank, then a rank's own error, then one that lost another."""
     killed = [
         rank
@@ -200,16 +205,21 @@ def _why(codes: list[int | None], folder: Path) -> str:
             cause = f"signal {signal.Signals(number).name}"
             if number == signal.SIGKILL:
                 cause += ", perhaps for lack of memory"
-            return f"Rank {killed[0]} was killed ({cause}), so the run was stopped."
-        return f"Rank {killed[0]} was killed (signal {number}), so the run was stopped."
+            return ReplayError(f"Rank {killed[0]} was killed ({cause}), so the run was stopped.")
+        return ReplayError(
+            f"Rank {killed[0]} was killed (signal {number}), so the run was stopped."
+        )
     failed = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
     rank = next((rank for rank in failed if codes[rank] != _LOST), failed[0])
     told = folder / f"error{rank}"
     if told.exists():
-        return told.read_text()
+        kind = ProblemError if codes[rank] == _BAD_INPUT else ReplayError
+        return kind(told.read_text())
     lines = (folder / f"log{rank}").read_text(errors="replace").strip().splitlines()
     last = f": {lines[-1][:200]}" if lines else " without a word"
-    return f"Rank {rank} ended with exit code {codes[rank]}{last}. The run was stopped."
+    return ReplayError(
+        f"Rank {rank} ended with exit code {codes[rank]}{last}. The run was stopped."
+    )
 
 
 def _end(ranks: "list[subprocess.Popen[bytes]]") -> None:
@@ -226,7 +236,7 @@ def _end(ranks: "list[subprocess.Popen[bytes]]") -> None:
 
 
 def _main(folder: Path, store: str) -> int:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     rank = os.environ["RANK"]
     job = pickle.loads((folder / "job").read_bytes())
     try:
@@ -234,7 +244,9 @@ def _main(folder: Path, store: str) -> int:
     except MoeplaceError as cause:
         (folder / f"error{rank}").write_text(str(cause))
         traceback.print_exc()
-        return _LOST if isinstance(cause.__cause__, RuntimeError) else _FAULT
+        if isinstance(cause.__cause__, RuntimeError):
+            return _LOST
+        return _BAD_INPUT if isinstance(cause, ValueError) else _FAULT
     except Exception as cause:
         told = f"Rank {rank} failed: {type(cause).__name__}: {cause}"
         (folder / f"error{rank}").write_text(told.strip().splitlines()[0][:400])
@@ -247,9 +259,11 @@ def _main(folder: Path, store: str) -> int:
     return 0
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(folder: Path) -> None:
+    """End with the parent; one that was killed could not remove its folder."""
     while os.read(0, 1):  # not sys.stdin, whose lock would be held when Python ends
         pass
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(_FAULT)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from moeplace._check import FloatArray
-from moeplace.errors import PlanError, ReplayError
+from moeplace.errors import PlanError, ProblemError, ReplayError
 from moeplace.evaluate import check_fits
 from moeplace.plan import Plan
 from moeplace.problem import Problem
@@ -97,25 +97,28 @@ def replay_plans(
     ------
     PlanError
         If a plan does not fit the problem.
+    ProblemError
+        If an option is out of range, or the ranks are not those of the problem.
     ReplayError
         If the ranks cannot run it, or fail.
     """
     at_least("Rounds", rounds, 3)
     at_least("Layers", layers, 1)
     if mode not in get_args(Mode):
-        raise ReplayError(f"Mode must be one of {', '.join(get_args(Mode))}, got {mode!r}.")
+        raise ProblemError(f"Mode must be one of {', '.join(get_args(Mode))}, got {mode!r}.")
     if not plans:
-        raise ReplayError("There is no plan to replay: give at least one.")
+        raise ProblemError("There is no plan to replay: give at least one.")
     if runtime.ranks != problem.ranks:
         raise said_by_all(
             f"Plans for {problem.ranks} ranks cannot run on {runtime.ranks}: the world size must "
-            f"be the number of EP ranks. Start {problem.ranks} ranks, or plan for {runtime.ranks}."
+            f"be the number of EP ranks. Start {problem.ranks} ranks, or plan for {runtime.ranks}.",
+            bad_input=True,
         )
     for name, plan in plans:
         try:
             check_fits(problem, plan)
         except PlanError as cause:
-            raise ReplayError(f"{name}: {cause}") from cause
+            raise PlanError(f"{name}: {cause}") from cause
         _check_window(problem, plan, name, window)
     if routing is None:
         load = problem.mean_load[0] if window is None else problem.tokens[window]
@@ -143,12 +146,12 @@ def spread(layers: int, wanted: int) -> tuple[int, ...]:
 
 def _check_window(problem: Problem, plan: Plan, name: str, window: int | None) -> None:
     if window is not None and not 0 <= window < problem.windows:
-        raise ReplayError(
+        raise ProblemError(
             f"Window must be from 0 to {problem.windows - 1} (windows of the loads), got {window}."
         )
     by_window = plan.split is not None and plan.split.ndim == 3
     if by_window and window is None and problem.windows > 1:
-        raise ReplayError(
+        raise ProblemError(
             f"{name}: the plan has other shares in each of {problem.windows} windows: say which "
             "one to replay (--window)."
         )

@@ -6,6 +6,7 @@ import msgspec
 import numpy as np
 
 from moeplace._check import FloatArray
+from moeplace.tables import table
 
 Label = Literal["gpu-measured", "cpu-emulated"]
 Mode = Literal["attributed", "fused"]
@@ -189,10 +190,7 @@ def text(report: Report) -> str:
                 "" if pair is None else f"{pair.quartiles[0]:.3f} to {pair.quartiles[1]:.3f}",
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        cells = [f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join([f"{row[0]:<{widths[0]}}", *cells]).rstrip())
+    lines += table(rows)
     lines.append("")
     said = [f"{name}: {plan.name}" for name, plan in zip(names, report.plans, strict=True)]
     for pair in report.pairs:

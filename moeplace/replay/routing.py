@@ -7,7 +7,7 @@ import numpy as np
 
 from moeplace._check import FloatArray, IntArray, first
 from moeplace._files import PathLike
-from moeplace.errors import FormatError, ReplayError
+from moeplace.errors import FormatError, ProblemError
 from moeplace.plan import EMPTY, Plan
 from moeplace.replay.settings import at_least
 
@@ -31,7 +31,7 @@ class TokenRouting:
 
     Raises
     ------
-    ReplayError
+    ProblemError
         If an id is out of range or a token goes to one expert twice.
     """
 
@@ -43,16 +43,16 @@ class TokenRouting:
     def __post_init__(self) -> None:
         ids = np.asarray(self.experts_of)
         if ids.ndim != 3 or ids.dtype.kind not in "iu" or 0 in ids.shape:
-            raise ReplayError(
+            raise ProblemError(
                 f"Routing must be whole numbers [layers, tokens, k], none of these 0: got "
                 f"{ids.dtype} of shape {ids.shape}."
             )
         if len(self.layers) != ids.shape[0]:
-            raise ReplayError(f"Routing has {ids.shape[0]} layers but names {len(self.layers)}.")
+            raise ProblemError(f"Routing has {ids.shape[0]} layers but names {len(self.layers)}.")
         wrong = (ids < 0) | (ids >= self.experts)
         if wrong.any():
             layer, token, column = first(wrong)
-            raise ReplayError(
+            raise ProblemError(
                 f"Routing sends token {token} to expert {ids[layer, token, column]} in layer "
                 f"{layer}, but experts are 0 to {self.experts - 1}: it belongs to another model."
             )
@@ -60,7 +60,7 @@ class TokenRouting:
         twice = ordered[:, :, 1:] == ordered[:, :, :-1]
         if twice.any():
             layer, token, column = first(twice)
-            raise ReplayError(
+            raise ProblemError(
                 f"Routing sends token {token} twice to expert {ordered[layer, token, column]} in "
                 f"layer {layer}: the top-k of a token are different experts."
             )
@@ -110,7 +110,7 @@ def read_trace(path: PathLike, experts: int, layers: tuple[int, ...]) -> TokenRo
     ------
     FormatError
         If the file is not such an archive, or lacks one of the layers.
-    ReplayError
+    ProblemError
         If the ids break a rule of `TokenRouting`.
     """
     try:
@@ -177,14 +177,14 @@ def draw_routing(
 
     Raises
     ------
-    ReplayError
+    ProblemError
         If an expert's share is above 1 / top_k, fewer than top_k experts have load, or an
         option is out of range.
     """
     at_least("Tokens", tokens, 1)
     at_least("Top-k", top_k, 1)
     if draw not in get_args(Draw):
-        raise ReplayError(f"Draw must be one of {', '.join(get_args(Draw))}, got {draw!r}.")
+        raise ProblemError(f"Draw must be one of {', '.join(get_args(Draw))}, got {draw!r}.")
     rows = []
     for layer in layers:
         generator = np.random.default_rng((seed, layer))
@@ -207,14 +207,14 @@ def _counts(
 ) -> IntArray:
     """Assignments of each expert [experts]: their sum is tokens x top_k, none above tokens."""
     if np.count_nonzero(load) < top_k:
-        raise ReplayError(
+        raise ProblemError(
             f"Layer {layer} has load on {np.count_nonzero(load)} experts but tokens go to "
             f"{top_k}: replay layers with load, or lower --top-k."
         )
     share = load / load.sum()
     most = int(share.argmax())
     if share[most] * top_k > 1 + 1e-9:
-        raise ReplayError(
+        raise ProblemError(
             f"Expert {most} has {share[most]:.3g} of the load of layer {layer}: with {top_k} "
             f"different experts for each token none can have more than 1 / {top_k}. Lower --top-k "
             f"to {int(1 / share[most])}."

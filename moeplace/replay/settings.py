@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
 
-from moeplace.errors import MissingExtraError, ReplayError
+from moeplace.errors import MissingExtraError, MoeplaceError, ProblemError, ReplayError
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -44,7 +44,7 @@ class Runtime:
 
     Raises
     ------
-    ReplayError
+    ProblemError
         If a value is out of range.
     """
 
@@ -67,36 +67,36 @@ class Runtime:
             size = getattr(self, name)
             at_least(name.capitalize(), size, _ALIGNED)
             if size % _ALIGNED:
-                raise ReplayError(
+                raise ProblemError(
                     f"{name.capitalize()} must be a multiple of {_ALIGNED}, as grouped products "
                     f"need rows of whole 16 bytes: got {size}. Take {size - size % _ALIGNED}."
                 )
         if self.emulate and len(self.emulate) != self.ranks:
-            raise ReplayError(
+            raise ProblemError(
                 f"Emulation needs one factor for each of the {self.ranks} ranks, got "
                 f"{len(self.emulate)}. Give as many as --ranks."
             )
         for rank, factor in enumerate(self.emulate):
             if not 1 <= factor <= 64:
-                raise ReplayError(
+                raise ProblemError(
                     f"Emulated slowness must be from 1 to 64 (1 is a rank as it is): got "
                     f"{factor:g} for rank {rank}. Scale all factors so that the fastest has 1."
                 )
         for name, choices in (("device", Device), ("dtype", Dtype)):
             if getattr(self, name) not in get_args(choices):
-                raise ReplayError(
+                raise ProblemError(
                     f"{name.capitalize()} must be one of {', '.join(get_args(choices))}, got "
                     f"{getattr(self, name)!r}."
                 )
         if self.kernel not in ("auto", "grouped", "loop") and ":" not in self.kernel:
-            raise ReplayError(
+            raise ProblemError(
                 f"Kernel must be auto, grouped, loop or module:function, got {self.kernel!r}."
             )
         at_least("Seed", self.seed, 0)
         if not 0 < self.timeout < float("inf"):
-            raise ReplayError(f"Timeout must be a positive number of seconds, got {self.timeout}.")
+            raise ProblemError(f"Timeout must be a positive number of seconds, got {self.timeout}.")
         if not 0 <= self.port < 1 << 16:
-            raise ReplayError(f"Port must be from 0 (none needed) to 65535, got {self.port}.")
+            raise ProblemError(f"Port must be from 0 (none needed) to 65535, got {self.port}.")
 
     def factor(self, rank: int) -> float:
         """Emulated slowness of a rank."""
@@ -112,18 +112,24 @@ class Runtime:
 
 
 def at_least(name: str, value: int, least: int) -> None:
-    """Raise ReplayError unless `value` is a whole number from `least`."""
+    """Raise ProblemError unless `value` is a whole number from `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ReplayError(f"{name} must be a whole number from {least}, got {value!r}.")
+        raise ProblemError(f"{name} must be a whole number from {least}, got {value!r}.")
 
 
 class EchoError(ReplayError):
     """An error that rank 0 raises too: this rank need not say it again."""
 
 
-def said_by_all(message: str) -> ReplayError:
+class EchoProblemError(EchoError, ProblemError):
+    """The same where the input is at fault."""
+
+
+def said_by_all(message: str, *, bad_input: bool = False) -> MoeplaceError:
     """An error that every rank of a job raises: one that only rank 0 needs to say."""
-    return ReplayError(message) if os.environ.get("RANK", "0") == "0" else EchoError(message)
+    if os.environ.get("RANK", "0") == "0":
+        return ProblemError(message) if bad_input else ReplayError(message)
+    return EchoProblemError(message) if bad_input else EchoError(message)
 
 
 def require_torch() -> None:

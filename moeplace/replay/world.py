@@ -73,12 +73,15 @@ class World:
         try:
             found = step()
         except MoeplaceError as cause:
-            failed = str(cause)
+            failed = str(cause), isinstance(cause, ValueError)  # as all errors of input are
         messages = self.gather(failed)
-        for rank, message in enumerate(messages):
-            if message is not None:
-                same = all(other == message for other in messages)
-                raise said_by_all(message if same else f"Rank {rank}: {message}")
+        for rank, told in enumerate(messages):
+            if told is not None:
+                message, bad_input = told
+                same = all(other == told for other in messages)
+                raise said_by_all(
+                    message if same else f"Rank {rank}: {message}", bad_input=bad_input
+                )
         return found  # type: ignore[return-value]
 
     def agree(self, what: str, value: str) -> None:

@@ -33,6 +33,7 @@ from moeplace.result import Limits, Progress
 from moeplace.search.aims import Aims
 from moeplace.search.budget import allot, points
 from moeplace.search.construct import adopt, construct
+from moeplace.search.deal import deal
 from moeplace.search.groups import grouped
 from moeplace.search.improve import improve
 from moeplace.search.latency import TrueTimes
@@ -44,7 +45,6 @@ from moeplace.search.split import at_best_shares, layer_makespan, resplit
 from moeplace.search.state import BARRED, HELD, PINNED, State, to_slots
 from moeplace.search.window import window
 from moeplace.search.windows import Windows
-from moeplace.topology import off_node_excess
 
 #: What is tried besides our own search, on layers where that leaves a gap.
 RIVALS = ("contiguous", "eplb", "vibe", "eplb_lpt")
@@ -62,8 +62,9 @@ ROUNDS, HEAT, FEW_HEAT = 20, 0.18, 7.0
 TRUE_HEAT = 0.1
 #: The same threshold under a fixed dispatch rule, and search steps that a trial there counts as.
 RULED_HEAT, RULED_STEPS = 0.6, 8
-#: Share of time and work that a problem of several windows spends on the mean load.
-MEAN_SHARE = 0.15
+#: Share of time and work that a problem of several windows spends on the mean load, and the share
+#: after which the experts of two ranks are dealt out anew; steps that a trial of that counts as.
+MEAN_SHARE, DEAL_AFTER, DEAL_STEPS = 0.15, 0.3, 8_000
 #: The same under a budget of moves.
 MOVES_SHARE = 0.6
 #: Share of both that is spent near a start plan, if that does not bring all within the gap.
@@ -144,9 +145,9 @@ class Run:
         """
         capacity = self.problem.capacity * (1 + CAPACITY_SLACK)
         over = np.asarray(np.maximum(priced.rank_tokens - capacity, 0.0).sum(axis=(0, 2)))
-        if self.problem.max_off_node is None:
+        excess = priced.off_node_excess
+        if excess is None:
             return over
-        excess = off_node_excess(self.problem, priced.plan, self.problem.max_off_node)
         return np.asarray(over + (excess * self.problem.tokens.sum(axis=2)).sum(axis=0))
 
     @property
@@ -216,9 +217,8 @@ class Run:
         """Whether a plan breaks no rule but token capacities and `MaxOffNode`."""
         over = priced.rank_tokens > self.problem.capacity * (1 + CAPACITY_SLACK)
         known = np.count_nonzero(over)
-        if len(priced.violations) > known and self.problem.max_off_node is not None:
-            excess = off_node_excess(self.problem, priced.plan, self.problem.max_off_node)
-            known += np.count_nonzero(excess)
+        if priced.off_node_excess is not None:
+            known += np.count_nonzero(priced.off_node_excess)
         return len(priced.violations) == known
 
     def _keep(self, candidates: list[Evaluation]) -> None:
@@ -230,19 +230,39 @@ class Run:
         self.nearest = min(near, key=lambda priced: (self.over(priced) > 0).sum())
 
     def report(self, state: State) -> None:
-        """Tell the callback where the search stands, at most ten times a second."""
-        now = time.perf_counter()
-        if self.progress is None or now - self.reported < 0.1:
+        """Tell the callback of the best plan and the bound, at most ten times a second.
+
+        Where the state's makespans are not the price (several windows, shares, an engine's rule,
+        latency models) its plan is priced, twice a second; shares are dear, so there the best plan
+        that was kept is told.
+        """
+        problem, now = self.problem, time.perf_counter()
+        apart = problem.windows > 1 or problem.routing != "even" or problem.cluster.nonlinear
+        if self.progress is None or now - self.reported < (0.5 if apart else 0.1):
             return
         self.reported = now
         makespan, bound = state.makespan * state.unit, self.targets
+        price = float((makespan * problem.layer_weight).sum())
+        least = float((bound * problem.layer_weight).sum())
+        done = makespan <= bound * (1 + self.limits.gap)
+        if apart:
+            least, found = self.bound.total, self.kept
+            if problem.routing != "weighted" or found is None:
+                tried = state.plan(problem)
+                new = at_best_shares(problem, tried) if found is None else evaluate(problem, tried)
+                if found is None or (new.legal and new.objective < found.objective):
+                    found = new
+            price, floor = found.objective, layer_floor(problem, self.bound)
+            done = problem.mean(found.makespan) <= floor * (1 + self.limits.gap)
+        elif self.best is not None:
+            price = min(price, self.best.objective)
         self.progress(
             Progress(
                 seconds=self.seconds,
-                objective=float((makespan * self.problem.layer_weight).sum()),
-                lower_bound=float((bound * self.problem.layer_weight).sum()),
-                layers_done=int((makespan <= bound * (1 + self.limits.gap)).sum()),
-                layers=self.problem.layers,
+                objective=price,
+                lower_bound=min(least, price),
+                layers_done=int(done.sum()),
+                layers=problem.layers,
             )
         )
 
@@ -783,6 +803,9 @@ def all_windows(
     if problem.objective == "worst":
         weight = np.full(problem.windows, 1.0 / problem.windows)
     trials, began, begun_work = 200, run.seconds, run.work
+    whole, dealt = share, isinstance(every, Windows) and allowance is None
+    if dealt:
+        share *= DEAL_AFTER
     for turn in range(ROUNDS):
         if run.late(share) or run.work >= run.steps * share:
             return
@@ -793,6 +816,7 @@ def all_windows(
         heat = np.tile(hottest * cooling, (layers.size, 1))
         for mine in _chunks(np.full(layers.size, trials * (10 + effort))):
             every.improve(layers[mine], trials, heat[mine], weight, pool, run.workers)
+            run.report(state)
             if run.late(share):
                 break
         run.work += trials * layers.size * effort
@@ -818,6 +842,48 @@ def all_windows(
             left_time = run.limits.time * share - began
             pace = trials / max(spent, 1e-9)
             trials = max(int(min(pace * left_time / (ROUNDS - turn), 8.0 * trials)), 100)
+    if dealt and isinstance(every, Windows):
+        _deal_out(run, every, weight, pool, whole)
+
+
+def _deal_out(
+    run: Run, every: Windows, weight: FloatArray, pool: ThreadPoolExecutor, share: float
+) -> None:
+    """Deal the experts of two ranks out anew, again and again; most where most is above the bound.
+
+    Where windows decide unequally, those that have time to spare get higher aims.
+    """
+    problem, state = run.problem, every.state
+    bound = run.bound.per_layer  # [windows, layers]
+    steps = bound @ problem.layer_weight
+    risk = problem.risk_weight(steps)
+    spare = np.divide(steps[risk > 0].min(), steps, out=np.ones_like(steps), where=steps > 0)
+    aims = bound * np.maximum(spare, 1.0)[:, None] / state.unit
+    aims[aims <= 0] = 1.0
+    trials = 50
+    while not run.late(share) and run.work < run.steps * share:
+        run.offer(state.plan(problem))
+        if run.closed:
+            return
+        assert run.kept is not None
+        adopt(state, run.kept.plan, np.arange(problem.layers))
+        above = weight @ (run.kept.makespan - aims * state.unit) * problem.layer_weight
+        layers = np.flatnonzero(above > 0)
+        if layers.size == 0:
+            return
+        layers = layers[np.argsort(-above[layers], kind="stable")]
+        some = np.full(layers.size, trials) * (0.5 + 0.5 * above[layers] / above[layers].mean())
+        left = (run.steps * share - run.work) / (DEAL_STEPS * some.sum())
+        some = np.ceil(some * min(left, 1.0)).astype(np.int64)
+        targets = (weight @ aims)[layers] * (1 + run.limits.gap)
+        if problem.objective != "mean":
+            targets[:] = 0.0
+        for mine in _chunks(some * DEAL_STEPS):
+            deal(every, layers[mine], some[mine], targets[mine], aims, weight, pool, run.workers)
+            if run.late(share):
+                break
+        run.work += int(some.sum()) * DEAL_STEPS
+        trials = min(2 * trials, 1_000)
 
 
 def _polish(run: Run, state: State, allowance: IntArray, pool: ThreadPoolExecutor) -> None:

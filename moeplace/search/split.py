@@ -7,7 +7,7 @@ from moeplace.constraints import CAPACITY_SLACK
 from moeplace.errors import ProblemError
 from moeplace.evaluate import Evaluation, check_fits, evaluate
 from moeplace.plan import Plan, by_rank
-from moeplace.problem import Problem
+from moeplace.problem import Problem, check_problem
 from moeplace.search.state import ceiling
 
 #: Tangents tried for the shares under latency planes or tables.
@@ -31,6 +31,7 @@ def resplit(problem: Problem, plan: Plan) -> Plan:
     PlanError
         If the plan does not fit the problem.
     """
+    check_problem(problem)
     if problem.routing != "weighted":
         raise ProblemError(
             f"Shares cannot be chosen under {problem.routing} routing: the engine shares by its "

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 import moeplace as mp
 from moeplace.bounds import lower_bound
 from moeplace.constraints import MaxMoves, ReplicaBudget
+from moeplace.errors import ProblemError
 from moeplace.exact import run as exact_run
 from moeplace.exact.model import build, cutoffs
 from moeplace.exact.run import Exact
@@ -185,27 +186,87 @@ def test_planted_optima_at_real_size(kind: str) -> None:
         )
 
 
-@pytest.mark.parametrize("name", ["cp-sat", "highs", "cbc"])
-def test_ctrl_c_ends_a_solver_and_the_plan_is_written(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("cp-sat", signal.SIGINT), ("highs", signal.SIGINT), ("cbc", signal.SIGTERM)],
+)
+def test_a_signal_ends_a_solver_and_the_plan_is_written(
+    name: str, kind: signal.Signals, tmp_path: Path
+) -> None:
+    """Ctrl-C, or what `timeout` sends; nothing is left in the folder of temporary files."""
     one = generate((1, 128, 130, 16), 3).aggregate()
     write_instance(one, tmp_path / "one.json")
     code = "import sys; from moeplace.cli import main; sys.exit(main())"
     arguments = ["solve", "one.json", "--method", name, "--time-limit", "60", "--gap", "1e-9"]
     arguments += ["--out", "plan.json", "--json"]
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
     process = subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(temporary)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     time.sleep(8)
-    process.send_signal(signal.SIGINT)
+    assert len(list(temporary.glob("moeplace-cbc-*"))) == (name == "cbc")
+    process.send_signal(kind)
     said, errors = process.communicate(timeout=30)
     assert process.returncode == 130, errors
     answer = msgspec.json.decode(said)
     assert answer["status"] == "interrupted"
+    assert not list(temporary.glob("moeplace-*"))
     plan = mp.read_plan(tmp_path / "plan.json")
     assert mp.evaluate(one, plan).objective == pytest.approx(answer["objective"])
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "said"),
+    [
+        ("cp-sat", {"foo": 1}, "CP-SAT does not take the parameter foo=1: there is none"),
+        ("cp-sat", {"num_workers": "x"}, "num_workers='x': wrong type of value"),
+        ("cp-sat", {"num_workers": -5}, r"its parameters .num_workers.: out of range"),
+        ("highs", {"foo": 1}, r"option name was unknown.*own parameters .foo."),
+        ("gscip", {"foo": 1}, r"own parameters .foo."),
+        ("cbc", {"foo": 1}, r"CBC does not take its parameters .foo.: 'No match for foo"),
+        ("cbc", {"threads": "x"}, "illegal for integer parameter threads"),
+        *((name, {"foo": [1]}, r"foo must be a number, .* got \[1\]") for name in ("cbc", "highs")),
+    ],
+)
+def test_parameters_that_a_solver_does_not_know(
+    name: str, option: dict[str, Any], said: str
+) -> None:
+    one = generate((2, 8, 10, 2), 0).aggregate()
+    with pytest.raises(ProblemError, match=said):
+        mp.solve(one, name, time_limit=5.0, gap=0.0, solver_options=option)
+
+
+def test_no_model_is_built_when_the_time_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """48 layers of a real size would take a minute to build."""
+    built: list[int] = []
+    real = exact_run.build
+
+    def slow(problem: mp.Problem, layers: list[int], *rest: Any, **more: Any) -> Any:
+        built.extend(layers)
+        time.sleep(0.6)
+        return real(problem, layers, *rest, **more)
+
+    monkeypatch.setattr(exact_run, "build", slow)
+    found = mp.solve(generate((12, 16, 20, 4), 0).aggregate(), "cp-sat", time_limit=0.5, gap=0.0)
+    assert found.evaluation is not None
+    assert len(built) <= 1
+
+
+def test_the_first_error_ends_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def wrong(problem: mp.Problem, layers: list[int], *_: Any, **__: Any) -> Any:
+        asked.extend(layers)
+        raise ProblemError("wrong")
+
+    monkeypatch.setattr(exact_run, "build", wrong)
+    with pytest.raises(ProblemError, match="wrong"):
+        mp.solve(generate((12, 16, 20, 4), 0).aggregate(), "cp-sat", time_limit=5.0, gap=0.0)
+    assert len(asked) == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moeplace.errors import FormatError, ReplayError
+from moeplace.errors import FormatError, ProblemError
 from moeplace.profile import Profile, read_profile
 from moeplace.replay import Runtime, calibrate_ranks
 from moeplace.replay.calibrate import VISITS, default_grid
@@ -72,13 +72,13 @@ def test_the_default_grid_follows_the_phase() -> None:
 
 def test_bad_options_and_files_are_refused_before_anything_runs(tmp_path: Path) -> None:
     out = tmp_path / "profile.json"
-    with pytest.raises(ReplayError, match="grid has no point"):
+    with pytest.raises(ProblemError, match="grid has no point"):
         calibrate_ranks(RUNTIME, out, slots=2, activated=(4,))
-    with pytest.raises(ReplayError, match="Tokens must be a whole number from 1, got 0"):
+    with pytest.raises(ProblemError, match="Tokens must be a whole number from 1, got 0"):
         calibrate_ranks(RUNTIME, out, tokens=(0,))
-    with pytest.raises(ReplayError, match="Phase must be one of"):
+    with pytest.raises(ProblemError, match="Phase must be one of"):
         calibrate_ranks(RUNTIME, out, phase="warm")  # type: ignore[arg-type]
-    with pytest.raises(ReplayError, match="Soak must be a finite number from 0"):
+    with pytest.raises(ProblemError, match="Soak must be a finite number from 0"):
         calibrate_ranks(RUNTIME, out, soak=-1)
     with pytest.raises(FormatError, match="there is no folder"):
         calibrate_ranks(RUNTIME, tmp_path / "none" / "p.json")

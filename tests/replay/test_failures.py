@@ -1,4 +1,4 @@
-"""What goes wrong is said once and clearly, ends with 1, and leaves no process behind."""
+"""What goes wrong is said once and clearly, and leaves no process behind."""
 
 import os
 import signal
@@ -14,14 +14,14 @@ import pytest
 
 import moeplace.replay.settings as settings
 from moeplace.cli import main
-from moeplace.errors import MissingExtraError, ReplayError
+from moeplace.errors import MissingExtraError, PlanError, ProblemError, ReplayError
 from moeplace.formats import write_plan
 from moeplace.hardware import Cluster
 from moeplace.instances import write_instance
 from moeplace.loads import LoadHistogram
 from moeplace.plan import Plan
 from moeplace.problem import Problem
-from moeplace.replay import Runtime, replay_plans
+from moeplace.replay import Runtime, calibrate_ranks, replay_plans
 from moeplace.replay.settings import check_memory
 
 PLAN = Plan(slots=np.arange(8)[None], rank_slots=np.array([4, 4]), experts=8)
@@ -83,13 +83,38 @@ def test_a_rank_that_never_ends(no_orphans: str) -> None:
 def test_a_kernel_that_is_not_there() -> None:
     from moeplace.replay.kernels import load
 
-    with pytest.raises(ReplayError, match="^Kernel 'tests.replay.jobs:none' cannot be imported"):
+    with pytest.raises(ProblemError, match="^Kernel 'tests.replay.jobs:none' cannot be imported"):
         load("tests.replay.jobs:none")
-    with pytest.raises(ReplayError, match="'os:sep' is not a function"):
+    with pytest.raises(ProblemError, match="'os:sep' is not a function"):
         load("os:sep")
 
 
-def test_ranks_end_with_a_parent_that_is_killed(no_orphans: str) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        ("narrow", r"outputs \[rows, hidden\] as tokens are, \(\d+, 32\) .* got \(\d+, 16\)"),
+        ("wide", r"of torch.float32, got .* of torch.float64"),
+        ("silent", "a tensor, got a NoneType"),
+        ("none", "^Kernel 'tests.replay.jobs:none' cannot be imported"),
+    ],
+)
+def test_a_kernel_that_breaks_its_contract(
+    kernel: str, message: str, tmp_path: Path, no_orphans: str
+) -> None:
+    name = f"tests.replay.jobs:{kernel}"
+    with pytest.raises(ProblemError, match=message):
+        replay(name)
+    runtime = Runtime(ranks=1, kernel=name, hidden=32, device="cpu", timeout=60.0)
+    with pytest.raises(ProblemError, match=message):
+        calibrate_ranks(runtime, tmp_path / "p.json", slots=2, tokens=[4], soak=0.0, seconds=0.0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ranks_end_with_a_parent_that_is_killed(
+    no_orphans: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And they remove what it left."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     code = "from tests.replay.test_failures import replay; replay('tests.replay.jobs:stuck')"
     root = Path(__file__).parents[2]
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=root)
@@ -97,8 +122,13 @@ def test_ranks_end_with_a_parent_that_is_killed(no_orphans: str) -> None:
     while len(children(no_orphans)) < 3 and time.monotonic() < until:
         time.sleep(0.05)
     assert len(children(no_orphans)) == 3
+    assert len(list(tmp_path.glob("moeplace-*"))) == 1
     parent.send_signal(signal.SIGKILL)
     parent.wait()  # then the fixture sees that its ranks end
+    until = time.monotonic() + 5
+    while list(tmp_path.iterdir()) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_taken_port() -> None:
@@ -124,14 +154,14 @@ def test_a_taken_port_that_only_the_rank_meets(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_plan_for_another_number_of_ranks() -> None:
-    with pytest.raises(ReplayError, match="Plans for 2 ranks cannot run on 3"):
+    with pytest.raises(ProblemError, match="Plans for 2 ranks cannot run on 3"):
         replay(ranks=3)
 
 
 def test_a_plan_for_another_cluster() -> None:
     other = Plan(slots=np.arange(8)[None], rank_slots=np.array([3, 5]), experts=8)
     runtime = Runtime(ranks=2, device="cpu")
-    with pytest.raises(ReplayError, match=r"^mine: Plan has \[3, 5\] slots per rank"):
+    with pytest.raises(PlanError, match=r"^mine: Plan has \[3, 5\] slots per rank"):
         replay_plans(PROBLEM, [("mine", other)], runtime)
 
 
@@ -157,6 +187,7 @@ def test_torch_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     ("options", "message"),
     [
         ({"emulate": (1.0,)}, "one factor for each of the 2 ranks, got 1"),
+        ({"emulate": (1.0, float("nan"))}, "from 1 to 64.*got nan for rank 1"),
         ({"emulate": (1.0, 0.5)}, "from 1 to 64.*got 0.5 for rank 1"),
         ({"hidden": 36}, "multiple of 8.*got 36. Take 32"),
         ({"kernel": "fast"}, "auto, grouped, loop or module:function"),
@@ -168,28 +199,42 @@ def test_torch_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ReplayError, match=message):
+    with pytest.raises(ProblemError, match=message):
         Runtime(ranks=2, **options)
 
 
-def test_the_command_ends_with_1_and_one_line(
+def test_bad_input_to_the_commands_ends_with_2_and_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_instance(PROBLEM, tmp_path / "in.json")
     write_plan(PLAN, tmp_path / "plan.json")
     files = [str(tmp_path / "in.json"), str(tmp_path / "plan.json")]
+    other = Plan(slots=np.arange(8)[None], rank_slots=np.array([3, 5]), experts=8)
+    write_plan(other, tmp_path / "other.json")
+    calibrate = ["calibrate", "--out", str(tmp_path / "profile.json")]
     for options, message in (
+        (["--ranks", "0"], "error: Ranks must be a whole number from 1, got 0."),
         (["--ranks", "3"], "error: Plans for 2 ranks cannot run on 3: the world size must"),
         (["--emulate", "1,two"], "error: --emulate must be float numbers separated by commas"),
+        (["--emulate", "1,nan"], "error: Emulated slowness must be from 1 to 64"),
+        (["--emulate", "1,2,3"], "error: Emulation needs one factor for each of the 2 ranks"),
+        (["--tokens", "0"], "error: Tokens must be a whole number from 1, got 0."),
+        (["--draw", "foo"], "error: Draw must be one of exact, sampled"),
+        (["--kernel", "x"], "error: Kernel must be auto, grouped, loop or module:function"),
+        ([str(tmp_path / "other.json")], "error: " + str(tmp_path / "other.json") + ": Plan has"),
+        ([*calibrate, "--ranks", "0"], "error: Ranks must be a whole number from 1, got 0."),
+        ([*calibrate, "--phase", "foo"], "error: Phase must be one of prefill, decode, mixed"),
+        ([*calibrate, "--tokens", "0"], "error: Tokens must be a whole number from 1, got 0."),
+        ([*calibrate, "--ranks", "2", "--emulate", "1"], "error: Emulation needs one factor"),
         (["--mode", "both"], "error: Mode must be one of attributed, fused, got 'both'."),
         (["--rounds", "1"], "error: Rounds must be a whole number from 3, got 1."),
         (["--window", "4"], "error: Window must be from 0 to 0"),
         (["--top-k", "9"], "error: Layer 0 has load on 8 experts but tokens go to 9"),
     ):
         with pytest.raises(SystemExit) as leaving:
-            main(["replay", *files, *options])
+            main(options if options[0] == "calibrate" else ["replay", *files, *options])
         out, err = capsys.readouterr()
-        assert (leaving.value.code, out) == (1, "")
+        assert (leaving.value.code, out) == (2, "")
         assert err.startswith(message), err
         assert err.count("\n") == 1
 
@@ -206,5 +251,5 @@ def test_only_rank_0_says_what_all_ranks_know(
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit) as leaving:
             main(["replay", str(tmp_path / "in.json"), str(tmp_path / "plan.json")])
-        assert leaving.value.code == 1
+        assert leaving.value.code == 2
         assert capsys.readouterr().err.count("Plans for 2 ranks cannot run on 4") == said

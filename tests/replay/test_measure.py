@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moeplace.errors import ReplayError
+from moeplace.errors import ProblemError, ReplayError
 from moeplace.formats import write_plan
 from moeplace.hardware import Cluster
 from moeplace.instances import write_instance
@@ -116,7 +116,7 @@ def test_under_torchrun_rank_0_alone_answers(tmp_path: Path) -> None:
 def test_shares_by_window_need_a_window() -> None:
     split = np.broadcast_to(np.array([[0.75, 1, 1, 0.25, 1, 0]]), (2, 1, 6))
     runtime = Runtime(ranks=2, device="cpu")
-    with pytest.raises(ReplayError, match="say which one to replay"):
+    with pytest.raises(ProblemError, match="say which one to replay"):
         replay_plans(PROBLEM, [("mine", EVEN.with_split(split))], runtime)
 
 

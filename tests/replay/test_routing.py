@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moeplace.errors import FormatError, ReplayError
+from moeplace.errors import FormatError, ProblemError
 from moeplace.plan import Plan
 from moeplace.replay.measure import spread
 from moeplace.replay.routing import (
@@ -59,13 +59,13 @@ def test_the_same_seed_gives_the_same_routing_and_layers_do_not_depend_on_each_o
 
 
 def test_shares_that_distinct_experts_cannot_have_are_refused() -> None:
-    with pytest.raises(ReplayError, match=r"Expert 0 has 0\.9 of the load of layer 0.*to 1"):
+    with pytest.raises(ProblemError, match=r"Expert 0 has 0\.9 of the load of layer 0.*to 1"):
         draw_routing(np.array([[9.0, 0.5, 0.5]]), 10, 2, layers=(0,))
-    with pytest.raises(ReplayError, match="load on 1 experts but tokens go to 2"):
+    with pytest.raises(ProblemError, match="load on 1 experts but tokens go to 2"):
         draw_routing(np.array([[9.0, 0, 0]]), 10, 2, layers=(0,))
-    with pytest.raises(ReplayError, match="Tokens must be a whole number from 1"):
+    with pytest.raises(ProblemError, match="Tokens must be a whole number from 1"):
         draw_routing(LOADS, 0, 2, layers=(0,))
-    with pytest.raises(ReplayError, match="Draw must be one of exact, sampled"):
+    with pytest.raises(ProblemError, match="Draw must be one of exact, sampled"):
         draw_routing(LOADS, 9, 2, layers=(0,), draw="some")  # type: ignore[arg-type]
 
 
@@ -84,7 +84,7 @@ def test_a_trace_is_read_by_layer(tmp_path: Path) -> None:
     assert "trace.npz" in found.source
     with pytest.raises(FormatError, match="has 3 layers, so there is no layer 3"):
         read_trace(tmp_path / "trace.npz", 5, (3,))
-    with pytest.raises(ReplayError, match="experts are 0 to 3"):
+    with pytest.raises(ProblemError, match="experts are 0 to 3"):
         read_trace(tmp_path / "trace.npz", 4, (0, 1, 2))
 
 
@@ -104,7 +104,7 @@ def test_other_files_than_traces_are_refused(tmp_path: Path) -> None:
 
 
 def test_routing_that_names_an_expert_twice_is_refused() -> None:
-    with pytest.raises(ReplayError, match="token 1 twice to expert 3"):
+    with pytest.raises(ProblemError, match="token 1 twice to expert 3"):
         TokenRouting(experts_of=np.array([[[0, 1], [3, 3]]]), experts=4, layers=(0,), source="")
 
 

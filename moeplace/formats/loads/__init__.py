@@ -74,7 +74,7 @@ def read_loads(
     passes : number or [windows], optional
         Forward passes of each window, where the file does not say it.
     layers : slice or sequence of int, optional
-        The rows to keep, e.g. ``slice(3, 61)`` where dense layers have rows too.
+        The rows to keep, e.g. ``slice(3, 61)`` where dense layers have rows too; all must be there.
     windows : int, optional
         Sum consecutive windows (passes, tokens of a trace) into this many. By default the
         file's own; a trace, per-pass records and TensorRT-LLM's iterations become one.
@@ -129,10 +129,7 @@ def inspect(
             raise ProblemError(f"Option {name} must be a whole number from 1 on, got {value!r}.")
     detected = format is None
     name = detect(path) if format is None else format
-    if name not in FORMATS:
-        raise FormatError(
-            f"Load format {name!r} is unknown: choose one of {', '.join(sorted(FORMATS))}."
-        )
+    check_format(name)
     if experts is not None and name != "trace":
         raise ProblemError(
             f"Option experts is for traces; the format {name} says how many there are. Drop it."
@@ -155,6 +152,14 @@ def inspect(
     return Read(loads, name, detected, raw.notes)
 
 
+def check_format(name: str) -> None:
+    """Raise FormatError unless `name` is a load format."""
+    if name not in FORMATS:
+        raise FormatError(
+            f"Load format {name!r} is unknown: choose one of {', '.join(sorted(FORMATS))}."
+        )
+
+
 def _one(path: PathLike, name: str, held: Any, given: Any) -> Any:
     if held is None or given is None:
         return given if held is None else held
@@ -169,7 +174,20 @@ def _one(path: PathLike, name: str, held: Any, given: Any) -> Any:
 def _layers(tokens: Any, layers: slice | Sequence[int] | None) -> Any:
     if layers is None:
         return tokens
-    index = range(tokens.shape[1])[layers] if isinstance(layers, slice) else list(layers)
+    if isinstance(layers, slice):
+        rows = tokens.shape[1]
+        for end in (layers.start, layers.stop):
+            if end is not None and not -rows <= end <= rows:
+                asked = ":".join(
+                    "" if each is None else str(each) for each in (layers.start, layers.stop)
+                )
+                raise ProblemError(
+                    f"Option layers asks for rows {asked}, but there are {rows} (0 to {rows - 1}). "
+                    "Choose from those; if dense layers have no rows here, drop the option."
+                )
+        index: Any = range(rows)[layers]
+    else:
+        index = list(layers)
     for layer in index:
         if not isinstance(layer, int | np.integer) or not 0 <= layer < tokens.shape[1]:
             raise ProblemError(
@@ -191,7 +209,9 @@ def detect(path: PathLike) -> str:
     FormatError
         If no format, or more than one, fits.
     """
-    if Path(path).is_dir():
+    with reading(path):
+        folder = Path(path).is_dir()
+    if folder:
         if (Path(path) / "meta_info.json").exists():
             return "tensorrt-llm"
         if is_observed(path):

@@ -4,6 +4,7 @@
 `write` writes them.
 """
 
+from pathlib import Path
 from typing import Any, cast, get_args
 
 import numpy as np
@@ -52,8 +53,24 @@ def _phase(archive: Archive) -> Phase | None:
 
 
 def write(loads: LoadHistogram, path: PathLike) -> None:
-    """Write tokens, passes (if known) and phase as ``.npz``."""
+    """Write tokens, passes (if known) and phase as ``.npz``.
+
+    Raises
+    ------
+    FormatError
+        If the name does not end in ``.npz``, by which readers know it, or it cannot be written.
+    """
+    check_npz(path)
     arrays: dict[str, Any] = {"tokens": loads.tokens, "phase": np.asarray(loads.phase)}
     if loads.passes is not None:
         arrays["passes"] = loads.passes
     write_npz(path, arrays)
+
+
+def check_npz(path: PathLike) -> None:
+    """Raise FormatError unless a file of loads has a name for what it is."""
+    name = Path(path)
+    if name.suffix.lower() != ".npz" and not name.is_char_device():
+        raise FormatError(
+            f"{path}: loads are written as an .npz archive: name it {name.with_suffix('.npz')}."
+        )

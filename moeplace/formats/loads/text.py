@@ -180,6 +180,12 @@ def json_kind(path: PathLike) -> str:
         for name, key in (("adrs", "load_history"), ("instance", "loads"), ("json", "tokens"))
         if key in keys
     ]
+    own = bytes(keys.get("format", b"")).strip(b'"').decode(errors="replace")[:40]
+    if not found and own.startswith("moeplace-"):
+        raise FormatError(
+            f"{path}: is a file of the format {own}, which holds no loads. Give what an engine "
+            "recorded, or an instance."
+        )
     if len(found) != 1:
         held = ", ".join(f'"{key[:30]}"' for key in list(keys)[:10]) or "no key"
         options = " or ".join(found) if found else "adrs, instance, json, lmdeploy"

@@ -96,6 +96,8 @@ def test_what_might_be_a_trace_is_asked_for(tmp_path: Path, array: Any) -> None:
         ('{"a": 1}', 'is JSON with "a", which could be adrs, instance, json, lmdeploy'),
         ('{"loads": 1, "tokens": 1}', 'with "loads", "tokens", which could be instance or json'),
         ("{}", "is JSON with no key"),
+        ('{"format": "moeplace-plan", "slots": []}', "of the format moeplace-plan, which holds no"),
+        ('{"format": 7}', 'is JSON with "format", which could be'),
         ("layer;load\n", "begins like none of adrs, csv"),
         ("", "begins like none of"),
         ("PK\3\4", "is broken"),
@@ -168,7 +170,11 @@ def test_layers_are_selected(tmp_path: Path) -> None:
     with pytest.raises(ProblemError, match="asks for layer 3, but there are 3"):
         read_loads(path, layers=[3])
     with pytest.raises(ProblemError, match="keeps none of the 3 layers"):
-        read_loads(path, layers=slice(5, 9))
+        read_loads(path, layers=slice(2, 1))
+    for rows, said in ((slice(1, 4), "1:4"), (slice(-4, None), "-4:"), (slice(5, 9), "5:9")):
+        with pytest.raises(ProblemError, match=f"rows {said}, but there are 3 .0 to 2.. Choose"):
+            read_loads(path, layers=rows)
+    assert read_loads(path, layers=slice(-3, 3)).layers == 3
 
 
 def test_windows_are_summed_in_order(tmp_path: Path) -> None:
@@ -202,6 +208,9 @@ def test_written_loads_read_back_the_same(tmp_path: Path) -> None:
         assert (back.tokens == loads.tokens).all()
         assert back.phase == "decode"
         assert (back.passes is None) == (passes is None)
+    with pytest.raises(FormatError, match=r"an \.npz archive: name it .*/x\.npz\.$"):
+        write(loads, tmp_path / "x.json")
+    assert not (tmp_path / "x.json").exists()
 
 
 def test_torch_is_asked_for_only_where_it_is_needed(
