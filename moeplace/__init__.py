@@ -48,7 +48,8 @@ from moeplace.requests import Profiles, Requests
 from moeplace.result import Limits, Progress, Result, Status
 from moeplace.search.fill import fill
 from moeplace.search.split import resplit
-from moeplace.simulate import Engine, Service, Slo, goodput, simulate
+from moeplace.service import Service, Slo
+from moeplace.simulate import Engine, goodput, simulate
 from moeplace.solve import solve
 from moeplace.topology import rank_plans, trace_traffic, traffic
 from moeplace.tradeoff import tradeoff

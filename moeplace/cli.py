@@ -26,6 +26,7 @@ from moeplace import (
     cli_price,
     cli_replay,
     cli_report,
+    cli_reproduce,
     cli_simulate,
     cli_solve,
     cli_watch,
@@ -85,6 +86,7 @@ def add_all_commands() -> None:
         cli_report,
         cli_bench,
         cli_simulate,
+        cli_reproduce,
     ):
         module.add_commands(app)
 

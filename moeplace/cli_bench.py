@@ -8,10 +8,10 @@ import typer
 
 from moeplace._files import check_output, write_text
 from moeplace.cli_answers import write, write_json
-from moeplace.cli_options import REFUSED, AsJson, Dask, Quiet, example
+from moeplace.cli_options import REFUSED, AsJson, Dask, Quiet, Ray, example
 from moeplace.errors import ProblemError
 from moeplace.instances import shipped
-from moeplace.sweep import on_dask
+from moeplace.sweep import on_cluster
 
 
 def bench(
@@ -77,6 +77,7 @@ def bench(
         Path, typer.Option(help="The folder of shipped instances.", show_default=True)
     ] = Path("instances"),
     dask: Dask = None,
+    ray: Ray = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -85,12 +86,14 @@ def bench(
         raise ProblemError("Give a suite, --check or --update-best, not two of them.")
     if only and not check:
         raise ProblemError("--only is for --check: give that too, or drop it.")
-    if dask is not None and (check or update_best):
-        raise ProblemError("--dask is for suites and tables of runs: give one, or drop it.")
+    if (dask or ray) and (check or update_best):
+        raise ProblemError(
+            "--dask and --ray are for suites and tables of runs: give one, or drop them."
+        )
     if not update_best:  # which writes there
         instances = shipped(instances)
     if suite is not None:
-        with on_dask(dask):
+        with on_cluster(dask, ray):
             _suite(suite, out, instances, as_json, quiet)
     elif check:
         _check(instances, only, jobs, as_json, quiet)
@@ -121,7 +124,7 @@ def bench(
             work_limit=work_limit,
             jobs=jobs,
         )
-        with on_dask(dask):
+        with on_cluster(dask, ray):
             rows = fill(out, settings, instances, told, parquet)
         if as_json:
             write_json({"out": str(out), "rows": rows})

@@ -79,6 +79,15 @@ Dask = Annotated[
         show_default=False,
     ),
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Run on this Ray cluster: auto (this machine's), local (start one), or an address.",
+        show_default=False,
+    ),
+]
 Hidden = Annotated[
     int | None,
     typer.Option(

@@ -1,33 +1,28 @@
-"""The commands `moeplace simulate` (what plans buy in service) and `moeplace reproduce`."""
+"""The command `moeplace simulate`: what plans buy in service."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
 
-from moeplace._files import check_output, write_text
 from moeplace.cli_answers import read_given, write, write_json
-from moeplace.cli_options import AsJson, Dask, Instance, Quiet, Seed, Workers, example
+from moeplace.cli_options import AsJson, Dask, Instance, Ray, Seed, Workers, example
 from moeplace.compare import aligned, printable
 from moeplace.errors import ProblemError
 from moeplace.formats import read_plan
 from moeplace.hardware import Cluster
-from moeplace.instances import shipped
 from moeplace.plan import Plan
 from moeplace.policies import POLICIES
 from moeplace.problem import Problem
 from moeplace.requests import PROFILES, SPREAD, Profiles, Requests, read_requests
 from moeplace.result import Limits
+from moeplace.service import Service, Slo
+from moeplace.service_table import figures, intervals, ratios, to_json
 from moeplace.simulate import (
     Change,
     Engine,
-    Interval,
-    Service,
-    Slo,
     check_attainment,
     disaggregated,
     goodput,
@@ -35,8 +30,7 @@ from moeplace.simulate import (
     simulate,
 )
 from moeplace.solve import solve
-from moeplace.sweep import on_dask, sweep
-from moeplace.tables import table
+from moeplace.sweep import on_cluster, sweep
 
 PHASES = ("prefill", "decode", "mixed", "disaggregated")
 
@@ -146,6 +140,7 @@ def simulate_command(
         ),
     ] = None,
     dask: Dask = None,
+    ray: Ray = None,
     as_json: AsJson = False,
 ) -> None:
     """Serve requests under plans: time to first token, per token, goodput; with intervals."""
@@ -207,7 +202,7 @@ def simulate_command(
             pool = None if later is None else (later[0], later[1][name])
             limits = (slo, attainment) if find_rate else (slo, None)
             calls.append((problem, made[name], drawn, profiles, engine, changes, pool, limits, one))
-    with on_dask(dask):
+    with on_cluster(dask, ray):
         served = sweep(_served, calls, workers)
     found = {
         name: [served[s * len(names) + n] for s in range(seeds)] for n, name in enumerate(names)
@@ -220,18 +215,9 @@ def simulate_command(
                 "phase": phase,
                 "requests": next(iter(streams.values()))[0].count,
                 "seeds": seeds,
-                "plans": {
-                    name: {
-                        key: {"mean": each.mean, "half": None if np.isinf(each.half) else each.half}
-                        for key, each in _intervals(rows).items()
-                    }
-                    for name, rows in found.items()
-                },
+                "plans": {name: to_json(intervals(rows)) for name, rows in found.items()},
                 "ratios": {
-                    name: {
-                        key: {"mean": each.mean, "half": None if np.isinf(each.half) else each.half}
-                        for key, each in _ratios(rows, found[names[0]]).items()
-                    }
+                    name: to_json(ratios(rows, found[names[0]]))
                     for name, rows in found.items()
                     if name != names[0]
                 },
@@ -245,7 +231,7 @@ def simulate_command(
         ("serving", f"simulated, {phase}; {count:,} requests, {come}; seeds {seeds}"),
         ("profiles", f"{PROFILES}, spread {spread:g}; passes of up to {max_tokens:,} tokens"),
     ]
-    write("\n".join([*aligned(words), "", *_table(found)]) + "\n")
+    write("\n".join([*aligned(words), "", *figures(found)]) + "\n")
 
 
 def in_seconds(problem: Problem, tokens_per_second: float | None) -> Problem:
@@ -317,102 +303,8 @@ def _served(
     return found
 
 
-def _intervals(rows: list[dict[str, float]]) -> dict[str, Interval]:
-    return {key: Interval.of([row[key] for row in rows]) for key in rows[0]}
-
-
-def _ratios(rows: list[dict[str, float]], first: list[dict[str, float]]) -> dict[str, Interval]:
-    """Each figure over the first plan's in the same run: luck that both had cancels."""
-    pairs = list(zip(rows, first, strict=True))
-    return {
-        key: Interval.of([row[key] / base[key] for row, base in pairs])
-        for key in rows[0]
-        if all(base[key] > 0 for base in first)
-    }
-
-
-def _table(found: dict[str, list[dict[str, float]]]) -> list[str]:
-    names = list(found)
-    keys = list(found[names[0]][0])
-    rows = [["", *(printable(name) for name in names)]]
-    values = {name: _intervals(found[name]) for name in names}
-    for key in keys:
-        rows.append([key, *(_cell(key, values[name][key]) for name in names)])
-    ratios = {name: _ratios(found[name], found[names[0]]) for name in names[1:]}
-    for key in ("ttft p90", "ttft p99", "tpot p90", "layer", "goodput"):
-        if len(names) > 1 and all(key in ratios[name] for name in names[1:]):
-            cells = ["1", *(_ratio(ratios[name][key]) for name in names[1:])]
-            rows.append([f"{key}, ratio", *cells])
-    few = "one seed: no intervals" if len(found[names[0]]) < 2 else "+-: 95 % over seeds"
-    return [*table(rows), f"{few}; ratios to {printable(names[0])}, paired by seed"]
-
-
-def _cell(key: str, value: Interval) -> str:
-    if "share" in key or "limits" in key:
-        shown, unit = 100.0, " %"
-    elif "/s" in key or key == "goodput":
-        shown, unit = 1.0, ""
-    else:
-        shown, unit = (1e6, " us") if key == "layer" else (1e3, " ms")
-    text = f"{value.mean * shown:,.5g}" if value.mean * shown < 1e5 else f"{value.mean:,.0f}"
-    half = "" if np.isinf(value.half) else f" +-{value.half * shown:.2g}"
-    return f"{text}{half}{unit}"
-
-
-def _ratio(value: Interval) -> str:
-    return f"{value.mean:.4f}" + ("" if np.isinf(value.half) else f" +-{value.half:.4f}")
-
-
-def reproduce(
-    what: Annotated[str, typer.Argument(help="The paper: vibe (arXiv 2606.00735).")],
-    instances: Annotated[
-        Path, typer.Option(help="The folder of shipped instances.", show_default=True)
-    ] = Path("instances"),
-    out: Annotated[
-        Path | None, typer.Option(help="Write the tables there, as Markdown, too.")
-    ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer seeds and requests: to see that it runs.")
-    ] = False,
-    workers: Workers = 1,
-    dask: Dask = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Repeat a paper's experiments in form, its numbers beside ours."""
-    from moeplace.reproduce import reproduce as repeat
-
-    if out is not None:
-        check_output(out)
-    with on_dask(dask):
-        report = repeat(
-            what,
-            shipped(instances),
-            quick=quick,
-            workers=workers,
-            tell=lambda line: None if quiet else write(line + "\n", sys.stderr),
-        )
-    if out is not None:
-        write_text(out, report.markdown())
-    if as_json:
-        write_json(report.to_json())
-    elif not quiet:
-        write(report.markdown())
-
-
-_COMMANDS = (
-    (
-        simulate_command,
-        "simulate",
-        "simulate generate:A:0 eplb auto --tokens-per-second 5e6 --rate 300 --slo-ttft 350",
-    ),
-    (reproduce, "reproduce", "reproduce vibe --out vibe.md --workers 2"),
-)
-
-
 def add_commands(app: typer.Typer) -> None:
-    """Add both commands, once."""
-    known = {command.callback for command in app.registered_commands}
-    for command, name, usage in _COMMANDS:
-        if command not in known:
-            app.command(name, epilog=example(usage))(command)
+    """Add `simulate`, once."""
+    usage = "simulate generate:A:0 eplb auto --tokens-per-second 5e6 --rate 300 --slo-ttft 350"
+    if all(command.callback is not simulate_command for command in app.registered_commands):
+        app.command("simulate", epilog=example(usage))(simulate_command)

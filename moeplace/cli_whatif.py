@@ -12,13 +12,14 @@ from moeplace.cli_options import (
     Dask,
     Instance,
     ProfileFile,
+    Ray,
     Seed,
     SumWindows,
     Workers,
     example,
 )
 from moeplace.compare import aligned, exact
-from moeplace.sweep import on_dask
+from moeplace.sweep import on_cluster
 from moeplace.tables import WIDTH, table
 from moeplace.whatif import GOOD, SECONDS, Answer
 
@@ -57,6 +58,7 @@ def whatif(
     profile: ProfileFile = None,
     sum_windows: SumWindows = False,
     dask: Dask = None,
+    ray: Ray = None,
     as_json: AsJson = False,
 ) -> None:
     """Price changes: slots, GPUs added, lost, slower or swapped, dispatch; each with its bound."""
@@ -64,7 +66,7 @@ def whatif(
 
     given = read_given(instance, sum_windows, profile)
     other = None if decode is None else read_given(decode, sum_windows, profile).problem
-    with on_dask(dask):
+    with on_cluster(dask, ray):
         table = ask(
             given.problem,
             decode=other,

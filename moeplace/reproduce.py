@@ -41,7 +41,7 @@ class Report:
                 for row in table.rows
             ]
             parts.append("")
-        return "\n".join([*parts, "## What the model lacks", "", self.lacks, ""])
+        return "\n".join([*parts, "## Why ours is less", "", self.lacks, ""])
 
     def to_json(self) -> dict[str, Any]:
         """As JSON."""

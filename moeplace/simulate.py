@@ -26,9 +26,9 @@ from moeplace.evaluate import check_fits
 from moeplace.plan import EMPTY, Plan
 from moeplace.problem import Problem, check_problem
 from moeplace.requests import Profiles, Requests
+from moeplace.service import Service, Slo
 from moeplace.topology import check_top_k
 
-QUANTILES = (50, 90, 99)
 #: Requests per second are found to within this share.
 RATE_TOLERANCE = 0.005
 
@@ -87,98 +87,6 @@ class Change:
     plan: Plan
 
 
-@dataclass(frozen=True, kw_only=True)
-class Slo:
-    """What a request must be served in: seconds to the first token, and for each later one."""
-
-    ttft: float = float("inf")
-    tpot: float = float("inf")
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            if not (value := getattr(self, field.name)) > 0:
-                raise ProblemError(
-                    f"A limit of service ({field.name}) must be above 0 s, got {value!r}."
-                )
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Service:
-    """How requests were served.
-
-    Attributes
-    ----------
-    requests : Requests
-    begun, first, last : array [requests]
-        Seconds at which its first step began, its first token was there, and its last.
-    steps : dict of arrays [steps]
-        start, seconds; of these, summed over layers: moe (the slowest rank's), mean_rank, fastest,
-        link; tokens, assignments, plan (0, or the change after which).
-    layers : float
-        Weight of the layers of a step.
-    """
-
-    requests: Requests
-    begun: FloatArray
-    first: FloatArray
-    last: FloatArray
-    steps: dict[str, FloatArray]
-    layers: float
-
-    @property
-    def ttft(self) -> FloatArray:
-        """Seconds from arrival to the first token [requests]."""
-        return np.asarray(self.first - self.requests.arrival)
-
-    @property
-    def tpot(self) -> FloatArray:
-        """Mean seconds for each token after the first, of the requests that have any."""
-        several = self.requests.output > 1
-        return np.asarray((self.last - self.first)[several] / (self.requests.output[several] - 1))
-
-    @property
-    def seconds(self) -> float:
-        """From the first arrival to the last token."""
-        return float(self.last.max() - self.requests.arrival[0])
-
-    @property
-    def idle_share(self) -> float:
-        """Share of the time in MoE layers that ranks wait for the slowest."""
-        moe = self.steps["moe"].sum()
-        return float(1 - self.steps["mean_rank"].sum() / moe) if moe > 0 else 0.0
-
-    @property
-    def layer_seconds(self) -> float:
-        """Mean time of a MoE layer over all steps, its communication left out."""
-        return float(self.steps["moe"].mean() / self.layers)
-
-    @property
-    def layer_gap(self) -> float:
-        """Median over steps of the slowest less the fastest rank's time, mean over layers."""
-        return float(np.median(self.steps["moe"] - self.steps["fastest"]) / self.layers)
-
-    def attained(self, slo: Slo) -> float:
-        """Share of requests within both limits."""
-        good = self.ttft <= slo.ttft
-        several = self.requests.output > 1
-        good[several] &= self.tpot <= slo.tpot
-        return float(good.mean())
-
-    def figures(self) -> dict[str, float]:
-        """The numbers of a table, seconds but for shares and rates."""
-        found: dict[str, float] = {}
-        for name, values in (("ttft", self.ttft), ("tpot", self.tpot)):
-            if values.size:
-                found[f"{name} mean"] = float(values.mean())
-                for q in QUANTILES:
-                    found[f"{name} p{q}"] = float(np.percentile(values, q))
-        found["requests/s"] = self.requests.count / self.seconds if self.seconds > 0 else np.inf
-        found["tokens/s"] = float(self.steps["tokens"].sum()) / self.seconds
-        found["layer"] = self.layer_seconds
-        found["idle share"] = self.idle_share
-        return found
-
-
 def simulate(
     problem: Problem,
     plan: Plan,
@@ -234,13 +142,14 @@ def simulate(
     times = [change.at for change in changes]
     if any(not change.stall >= 0 for change in changes) or times != sorted(times):
         raise ProblemError("Changes need stalls of at least 0 s, in order of time.")
-    tables = [_replicas(problem, each) for each in (plan, *(change.plan for change in changes))]
+    tables = [held(problem, each) for each in (plan, *(change.plan for change in changes))]
     begun, first, last, log = serve(
         tuple(np.array(part) for part in (requests.arrival, requests.prompt, requests.output,
                                           requests.profile)),
         np.array(profiles.shares),
         float(engine.top_k),
         tuple(np.array(part) for part in zip(*tables, strict=True)),
+        by_rank(problem),
         (np.array(times, dtype=np.float64), np.array([change.stall for change in changes], float)),
         _base_share(problem),
         np.array(problem.layer_weight),
@@ -368,25 +277,6 @@ def goodput(
     return Goodput(rate=low, attained=met)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Interval:
-    """Mean over seeds, and half the width of its 95 % confidence interval (Student's t)."""
-
-    mean: float
-    half: float
-
-    @classmethod
-    def of(cls, values: Any) -> "Interval":
-        """The interval of values, one for each seed; infinite for fewer than two."""
-        from scipy.stats import t
-
-        values = np.asarray(values, dtype=np.float64)
-        if values.size < 2:
-            return cls(mean=float(values.mean()), half=float("inf"))
-        error = values.std(ddof=1) / np.sqrt(values.size)
-        return cls(mean=float(values.mean()), half=float(t.ppf(0.975, values.size - 1) * error))
-
-
 def rehearse(problem: Problem, plan: Plan, profiles: Profiles, engine: Engine) -> float:
     """Load or compile the loop; seconds that it took."""
     began = time.perf_counter()
@@ -397,7 +287,7 @@ def rehearse(problem: Problem, plan: Plan, profiles: Profiles, engine: Engine) -
 
 
 def model_of(problem: Problem) -> tuple[Any, ...]:
-    """The cluster's latency as `serving.rank_seconds` takes it."""
+    """The cluster's latency as `serving.layer_ranks` takes it."""
     cluster = problem.cluster
     none = np.empty((problem.ranks, 0))
     zero, one = np.zeros(1), np.ones(1)
@@ -412,18 +302,27 @@ def model_of(problem: Problem) -> tuple[Any, ...]:
     return zero, zero, one, none, none, np.array(cluster.speeds)
 
 
-def _replicas(problem: Problem, plan: Plan) -> tuple[IntArray, IntArray, FloatArray]:
-    """Replicas by expert: first [layers, experts + 1], rank and share [layers, slots]."""
+def held(problem: Problem, plan: Plan) -> tuple[IntArray, FloatArray, FloatArray, IntArray]:
+    """What slots hold, as `serving.layer_ranks` takes it, each [layers, ...]."""
     check_fits(problem, plan)
     share = shares(problem, plan)
     if share.ndim == 3:
         share = np.tensordot(problem.window_weight, share, axes=1)
-    held = np.where(plan.slots == EMPTY, plan.experts, plan.slots)
-    order = np.argsort(held, axis=1, kind="stable")
-    part = np.take_along_axis(np.where(plan.slots == EMPTY, 0.0, share), order, axis=1)
-    count = np.zeros((plan.layers, plan.experts + 1), dtype=np.int64)
-    count[:, 1:] = plan.replicas.cumsum(axis=1)
-    return count, plan.rank_of_slot[order], part
+    filled = plan.slots != EMPTY
+    share = np.where(filled, share, 0.0)
+    whole = share >= 1.0
+    rest = np.where(whole, 1.0, np.log1p(-np.where(whole, 0.0, share)))
+    some = rest < 0
+    partial = np.zeros((plan.layers, share.shape[1] + 1), dtype=np.int64)
+    partial[:, :-1] = np.argsort(~some, axis=1, kind="stable")
+    partial[:, -1] = some.sum(axis=1)
+    return np.where(filled, plan.slots, 0), share, rest, partial
+
+
+def by_rank(problem: Problem) -> tuple[IntArray, IntArray]:
+    """Slots by rank: first [ranks + 1], rank [slots]."""
+    slots = problem.cluster.slots
+    return np.append(0, slots.cumsum()), np.repeat(np.arange(slots.size), slots)
 
 
 def _base_share(problem: Problem) -> FloatArray:

@@ -42,7 +42,7 @@ def sweep(
 def as_done(
     call: Callable[..., T], arguments: Iterable[tuple[Any, ...]], jobs: int = 1
 ) -> Iterator[T]:
-    """Results of ``call(*each)``, each as soon as it is there, from processes.
+    """Results of ``call(*each)``, each as soon as it is there (on Ray: all at the end).
 
     Parameters
     ----------
@@ -60,24 +60,46 @@ def as_done(
     """
     from joblib import Parallel, delayed
 
-    run = Parallel(n_jobs=jobs if jobs > 1 else None, return_as="generator_unordered")
+    given = {"n_jobs": jobs if jobs > 1 else None}
+    try:
+        run = Parallel(**given, return_as="generator_unordered")
+    except ValueError:  # a backend (Ray's) that has all results at the end only
+        run = Parallel(**given)
     yield from run(delayed(call)(*each) for each in arguments)
 
 
 @contextmanager
-def on_dask(address: str | None) -> Iterator[None]:
-    """Sweeps inside run on the Dask cluster of this scheduler; without an address, here.
+def on_cluster(dask: str | None = None, ray: str | None = None) -> Iterator[None]:
+    """Sweeps inside run on a Dask or Ray cluster; without an address, here.
+
+    Parameters
+    ----------
+    dask : str, optional
+        Address of a scheduler.
+    ray : str, optional
+        Address of a head node, "auto" for the one of this machine, "local" to start one here.
 
     Raises
     ------
     MissingExtraError
-        If `distributed` is not installed.
+        If `distributed` or `ray` is not installed.
     ProblemError
-        If the scheduler does not answer.
+        If both are given, or none answers.
     """
-    if address is None:
+    if dask is not None and ray is not None:
+        raise ProblemError("A sweep runs on one cluster: give --dask or --ray, not both.")
+    if dask is not None:
+        with _dask(dask):
+            yield
+    elif ray is not None:
+        with _ray(ray):
+            yield
+    else:
         yield
-        return
+
+
+@contextmanager
+def _dask(address: str) -> Iterator[None]:
     try:
         from distributed import Client
     except ImportError as cause:
@@ -90,3 +112,24 @@ def on_dask(address: str | None) -> Iterator[None]:
         raise ProblemError(f"No Dask scheduler answers at {address}: {cause}") from cause
     with client, joblib.parallel_config(backend="dask"):
         yield
+
+
+@contextmanager
+def _ray(address: str) -> Iterator[None]:
+    try:
+        import ray
+        from ray.util.joblib import register_ray
+    except ImportError as cause:
+        raise MissingExtraError("--ray needs ray: pip install ray.") from cause
+    import joblib
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="error")
+    except (ConnectionError, OSError, RuntimeError, ValueError) as cause:
+        raise ProblemError(f"No Ray cluster answers at {address}: {cause}") from cause
+    register_ray()
+    try:
+        with joblib.parallel_config(backend="ray", n_jobs=-1):
+            yield
+    finally:
+        ray.shutdown()

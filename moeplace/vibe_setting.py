@@ -27,6 +27,8 @@ from moeplace.simulate import Engine
 from moeplace.solve import solve
 
 POLICY_NAMES = ("contiguous", "eplb", "eplb_lpt", "vibe", "auto")
+#: How much longer the slow one takes among equal GPUs ("one slow").
+ONE_SLOW = 0.28
 LABELS = {"eplb_lpt": "EPLB + speed-aware LPT", "eplb": "EPLB", "vibe": "ViBE", "auto": "ours"}
 
 
@@ -160,7 +162,7 @@ def setting(
     window: int | None = None,
     constants: Constants = VIBE,
 ) -> Setting:
-    """A model on `ranks` GPUs; speeds "equal", "fleet" or a spread max / min - 1.
+    """A model on `ranks` GPUs; speeds "equal", "fleet", "one slow", or a spread max / min - 1.
 
     `skew` is the power that the experts' shares are raised to; epoch and window choose the loads.
     """
@@ -216,6 +218,8 @@ def slowness(instances: Path, speeds: str | float, ranks: int) -> FloatArray:
         file = json.loads((instances / "sources" / "gpu_relative_time.json").read_text())
         times = file["relative_time"][VIBE.fleet]
         found = np.quantile(times, (np.arange(ranks) + 0.5) / ranks)
+    elif speeds == "one slow":
+        found = np.append(np.ones(ranks - 1), 1.0 + ONE_SLOW)
     else:
         found = 1 / np.linspace(1.0, 1.0 + float(speeds), ranks)
     found = np.random.default_rng(0).permutation(found)

@@ -24,7 +24,7 @@ from moeplace import (
 )
 from moeplace.bench import SUITES, markdown
 from moeplace.bench_case import REPORT_SEEDS, TUNING_SEEDS, Case, Row
-from moeplace.errors import ProblemError
+from moeplace.errors import FormatError, ProblemError
 from moeplace.evaluate import evaluate
 from moeplace.problem import Problem
 from moeplace.result import Result
@@ -300,12 +300,39 @@ def test_the_command_refuses_an_unknown_suite_and_lists_them(
 
 
 def test_growth_is_fitted() -> None:
-    from moeplace.bench_scale import GROWTH, LARGE, exponent, measured
+    from moeplace.bench_scale import GROWTH, LARGE, fitted, measured
 
-    assert exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+    assert fitted([1, 2, 4], [3, 12, 48]) == pytest.approx((2, 1))
+    assert fitted([1, 2, 4], [3, 24, 48])[1] > 1.2
     assert (64, 2048, 4096, 1024) in LARGE
     assert len(GROWTH) == 5
     found = measured((2, 32, 48, 8), "even")
     assert 0 <= found["gap"] <= found["first gap"] + 1e-12
     assert found["ratio"] >= 1
     assert found["peak"] >= found["before"] > 10
+
+
+def test_growth_is_drawn_from_the_table_of_docs() -> None:
+    pytest.importorskip("plotly", reason="plotly is not installed")
+    from moeplace.figures_scale import growth, read_growth
+
+    text = (Path(__file__).resolve().parents[1] / "docs" / "results" / "scale.md").read_text(
+        encoding="utf-8"
+    )
+    panels = read_growth(text)
+    assert list(panels) == ["first plan, CPU", "to gap 0.001, CPU"]
+    sizes, seconds, reached = panels["to gap 0.001, CPU"]["slots"]
+    assert sizes == [512, 1024, 2048, 4096]
+    assert not reached[-1]
+    figure = growth(panels)
+    drawn = [line for line in figure.data if line.name == "slots"]
+    assert list(drawn[1].y) == seconds
+    assert drawn[1].marker.symbol[-1].endswith("-open")
+    assert list(drawn[1].x) == [1, 2, 4, 8]
+    told = [note.text for note in figure.layout.annotations]
+    assert len(told) == 10
+    assert all(
+        "^" in name or "not straight" in name or name in panels["first plan, CPU"] for name in told
+    )
+    with pytest.raises(FormatError, match="moeplace bench scale"):
+        read_growth("| what |\n|---|\n| growth in layers |\n")

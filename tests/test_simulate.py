@@ -6,26 +6,26 @@ import numpy as np
 import pytest
 
 import moeplace as mp
+from moeplace.draws import draw, quantile
 from moeplace.errors import FormatError, ProblemError
 from moeplace.evaluate import evaluate
 from moeplace.instances import generate
 from moeplace.policies import POLICIES
 from moeplace.problem import Problem
 from moeplace.requests import Profiles, Requests, read_requests
-from moeplace.serving import draw, layer_ranks, quantile
+from moeplace.service import Interval, Service, Slo
+from moeplace.serving import layer_ranks
 from moeplace.simulate import (
     Change,
     Engine,
     Goodput,
-    Interval,
-    Service,
-    Slo,
+    by_rank,
     disaggregated,
     goodput,
+    held,
     model_of,
     simulate,
 )
-from moeplace.simulate import _replicas as replicas_of
 
 
 def problem_of(layers: int = 3, experts: int = 32, slots: int = 40, ranks: int = 4) -> Problem:
@@ -186,18 +186,18 @@ def test_rank_loads_scatter_as_token_by_token(plan: mp.Plan, tokens: list[int]) 
     assert k * shares.max() < 1
     sampled = _token_by_token(shares, tokens, k, draws)
     mean = k * (np.array(tokens)[:, None] * shares).sum(axis=0)
-    ours = np.empty_like(sampled)
+    ours, scratch = np.empty_like(sampled), np.empty((4, mean.size))
     for n in range(draws):
-        total = draw(mean, float(sum(tokens)), np.uint64(977 * n + 5), ours[n], np.empty(mean.size))
+        total = draw(mean, sum(tokens), np.uint64(977 * n + 5), ours[n], scratch)
         assert total == pytest.approx(k * sum(tokens))
         assert ours[n].sum() == pytest.approx(total)
-    held = [part[layer] for part in replicas_of(problem, plan)]
+    slots = tuple(part[layer] for part in held(problem, plan))
     found = []
     for counts in (sampled, ours):
         rank = np.empty((2, draws, problem.ranks))
         for n in range(draws):
-            layer_ranks(counts[n], tuple(held), np.zeros(4), model_of(problem), rank[0, n],
-                        rank[1, n])  # fmt: skip
+            layer_ranks(counts[n], slots, by_rank(problem), np.zeros(4), model_of(problem),
+                        rank[0, n], rank[1, n])  # fmt: skip
         found.append(rank)
     theirs, mine = found
     error = theirs[0].std(axis=0) / np.sqrt(draws)
@@ -209,6 +209,31 @@ def test_rank_loads_scatter_as_token_by_token(plan: mp.Plan, tokens: list[int]) 
     slowest = [rank[1].max(axis=1) for rank in found]
     assert slowest[1].mean() == pytest.approx(slowest[0].mean(), rel=0.01)
     assert slowest[1].std() == pytest.approx(slowest[0].std(), rel=0.25)
+
+
+def test_ranks_of_a_layer_by_hand(plan: mp.Plan) -> None:
+    """Tokens, activated replicas (those of one expert run by chance) and own tokens of ranks."""
+    problem = planes_of(problem_of())
+    assert problem.cluster.planes is not None
+    activation = mp.Cluster.from_planes(
+        [0.0, 0.0], [1e-5, 2e-5], [1e-9, 0.0], 1 / problem.cluster.speeds, problem.cluster.slots
+    )
+    problem = replace(problem, cluster=activation)
+    counts = np.random.default_rng(0).integers(0, 4, problem.experts).astype(float)
+    own = np.array([0.0, 7.0, 0.0, 3.0])
+    layer = 1
+    expert = plan.slots[layer]
+    share = 1 / plan.replicas[layer][expert]
+    assert (share < 1).sum() >= 8
+    runs = np.where(share == 1, counts[expert] > 0, 1 - (1 - share) ** counts[expert])
+    rank = np.repeat(np.arange(4), problem.cluster.slots)
+    tokens = np.bincount(rank, counts[expert] * share) + own
+    expected = activation.seconds(tokens, np.bincount(rank, runs))
+    found = np.empty((2, 4))
+    slots = tuple(part[layer] for part in held(problem, plan))
+    layer_ranks(counts, slots, by_rank(problem), own, model_of(problem), *found)
+    assert found[0] == pytest.approx(tokens)
+    assert found[1] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("model", ["speeds", "planes", "table"])

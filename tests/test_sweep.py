@@ -2,19 +2,19 @@
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
-import joblib
 import numpy as np
 import pytest
 
 import moeplace as mp
-from moeplace.errors import ProblemError
+from moeplace.errors import MissingExtraError, ProblemError
 from moeplace.instances import generate
 from moeplace.requests import Profiles, Requests
 from moeplace.simulate import Engine, simulate
-from moeplace.sweep import as_done, on_dask, sweep
+from moeplace.sweep import as_done, on_cluster, sweep
 
 
 def served(seed: int, folder: str = "", wait: float = 0.0) -> tuple[int, float]:
@@ -54,7 +54,7 @@ def test_results_as_they_are_done_come_from_processes() -> None:
 
 def test_no_scheduler_is_told() -> None:
     pytest.importorskip("distributed", reason="distributed is not installed")
-    with pytest.raises(ProblemError, match="No Dask scheduler"), on_dask("tcp://127.0.0.1:9"):
+    with pytest.raises(ProblemError, match="No Dask scheduler"), on_cluster("tcp://127.0.0.1:9"):
         pass
 
 
@@ -84,7 +84,7 @@ def test_a_killed_worker_loses_nothing(tmp_path: Path) -> None:
         mine = os.getpid()
         killer = threading.Thread(target=kill)
         killer.start()
-        with on_dask(cluster.scheduler_address):
+        with on_cluster(dask=cluster.scheduler_address):
             found = sweep(served, calls)
             assert sorted(as_done(served, calls[:3])) == expected[:3]
         killer.join()
@@ -96,15 +96,32 @@ def test_a_killed_worker_loses_nothing(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) > 24  # what was lost ran again
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_ray_runs_the_same() -> None:
-    ray = pytest.importorskip("ray", reason="ray is not installed")
-    from ray.util.joblib import register_ray
+def test_two_clusters_are_one_too_many() -> None:
+    with pytest.raises(ProblemError, match="not both"), on_cluster("tcp://127.0.0.1:9", "auto"):
+        pass
 
-    register_ray()
-    ray.init(num_cpus=2)
-    try:
-        with joblib.parallel_config(backend="ray"):
-            assert sweep(served, [(0,), (1,)]) == [served(0), served(1)]
-    finally:
-        ray.shutdown()
+
+def test_without_ray_its_name_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtraError, match="pip install ray"), on_cluster(ray="auto"):
+        pass
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ray_runs_the_same_in_other_processes(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="ray is not installed")
+    calls = [(seed, str(tmp_path), 0.3) for seed in range(6)]
+    with on_cluster(ray="local"):
+        found = sweep(served, calls)
+        assert sorted(as_done(served, [(seed,) for seed in range(3)])) == found[:3]
+    assert found == [served(seed) for seed in range(6)]
+    pids = {int(path.name.split("-")[0]) for path in tmp_path.iterdir()}
+    assert os.getpid() not in pids
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_ray_cluster_is_told() -> None:
+    pytest.importorskip("ray", reason="ray is not installed")
+    with pytest.raises(ProblemError, match="No Ray cluster"), on_cluster(ray="auto"):
+        pass
