@@ -48,6 +48,7 @@ NOT_RUN = {
     "docs/inside-engines.md": 1,
     "docs/replay.md": 2,
     "docs/simulate.md": 1,
+    "docs/benchmarks.md": 1,
     "docs/engines/sglang.md": 3,
     "docs/engines/vllm.md": 1,
 }
