@@ -4,7 +4,8 @@ A solution is a list of steps from the current plan: exchanges of two slots (at 
 received) and replica transfers (a slot gives up one copy and receives another). Greedy: the
 step out of the slowest rank that lowers sum_g (T_g / T_max)^32 most for each copy received,
 counted against the current plan, so that undoing costs nothing. Then kicks: some steps are
-taken back, the others replayed, the rest chosen again; the outcome is kept if not worse.
+taken back, the others replayed, the rest chosen again; the outcome is kept if not worse. After
+many without success the choice is blurred, and now and then a worse outcome is gone on from.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,10 @@ from moeplace.search.state import HELD, OLD, PINNED, State
 
 #: Longest list of steps for each copy that may be received, undone ones included.
 STEPS_PER_MOVE = 3
+#: After so many kicks without success, scores of steps are lowered at random by up to `BLUR` in
+#: one kick of two, and one outcome in `STRAY` is gone on from although it is worse; after `HOME`
+#: times as many the search returns to its best.
+STUCK, BLUR, STRAY, HOME = 30, 0.9, 30, 10
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -158,10 +163,18 @@ def _transfer(h, a, b, top, on, holders, count, tokens, speed, load):  # type: i
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
+def _blurred(blur, stream, layer):  # type: ignore[no-untyped-def]
+    """A random factor between 1 - blur and 1."""
+    return 1.0 - blur * random_below(stream, layer, 1 << 20) / float(1 << 20)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
 def _best_step(  # type: ignore[no-untyped-def]
-    g, room, slot, on, holders, count, tokens, cap, least, most, speed, load
+    g, room, slot, on, holders, count, tokens, cap, least, most, speed, load, blur, stream, layer
 ):
     """Step out of the slowest rank g with most gain per copy received, of at most `room` copies.
+
+    `blur`: the part of a score that is random.
 
     Returns (score, kind, other rank, a, b, search steps).
     """
@@ -209,6 +222,8 @@ def _best_step(  # type: ignore[no-untyped-def]
                                 - _weight(ends)
                             )
                             score = gain / cost if cost > 0 else 1e3 * gain
+                            if score > best and blur > 0:
+                                score *= _blurred(blur, stream, layer)
                             if score > best:
                                 best, kind, to, give, take = score, 0, h, a, b
                 # rank h gives up b for a copy of a
@@ -218,6 +233,8 @@ def _best_step(  # type: ignore[no-untyped-def]
                         gain = _transfer(h, b, a, top, on, holders, count, tokens, speed, load)
                         score = gain / cost if cost > 0 else 1e3 * gain
                         steps += count[a] + (0 if b == empty else count[b])
+                        if score > best and blur > 0:
+                            score *= _blurred(blur, stream, layer)
                         if score > best:
                             best, kind, to, give, take = score, 1, h, b, a
     for i in range(cap[g]):  # the slowest rank gives up a copy
@@ -237,6 +254,8 @@ def _best_step(  # type: ignore[no-untyped-def]
             gain = _transfer(g, a, b, top, on, holders, count, tokens, speed, load)
             score = gain / cost if cost > 0 else 1e3 * gain
             steps += count[a]
+            if score > best and blur > 0:
+                score *= _blurred(blur, stream, layer)
             if score > best:
                 best, kind, to, give, take = score, 1, g, a, b
     return best, kind, to, give, take, steps
@@ -282,6 +301,7 @@ def _search(  # type: ignore[no-untyped-def]
     holders = np.empty((experts, ranks), dtype=np.int64)
     step = np.empty(5, dtype=np.int64)
     trial = np.empty_like(lists[0])
+    here = np.empty_like(lists[0])
     for turn in range(layers.size):
         layer = layers[turn]
         speed = speeds[layer]
@@ -297,18 +317,23 @@ def _search(  # type: ignore[no-untyped-def]
         kept = lists[layer]
         reached = np.inf
         first = True
+        here[:] = kept
+        length = lengths[layer]
+        now = np.inf
+        fails = 0
         while True:
-            # replay what is kept of the best list
+            # replay what is kept of the list
             _reset(slot, old, on, holders, count, tokens, cap, base[layer], load[layer])
             left -= 4 * cap.sum()
             used = 0
             n = 0
             drop = 0 if first else 1 + random_below(stream, layer, 3)
-            for s in range(lengths[layer]):
+            blur = BLUR if fails > STUCK and random_below(stream, layer, 2) == 0 else 0.0
+            for s in range(length):
                 # each step is dropped with probability drop / length
-                if not first and random_below(stream, layer, lengths[layer]) < drop:
+                if not first and random_below(stream, layer, length) < drop:
                     continue
-                step[:] = kept[s]
+                step[:] = here[s]
                 cost = _apply(
                     step[0], step[1], step[2], step[3], step[4], slot, on, holders, count, tokens,
                     cap, least, most, base[layer], load[layer],
@@ -343,7 +368,7 @@ def _search(  # type: ignore[no-untyped-def]
             while tokens[g] / speed[g] > target and (first or left > 0) and n < trial.shape[0]:
                 _, kind, h, a, b, steps = _best_step(
                     g, allowance - used, slot, on, holders, count, tokens, cap, least, most, speed,
-                    load[layer],
+                    load[layer], blur, stream, layer,
                 )  # fmt: skip
                 left -= steps
                 if kind < 0:
@@ -358,10 +383,22 @@ def _search(  # type: ignore[no-untyped-def]
                 if tokens[g] / speed[g] < curves[layer, used]:
                     curves[layer, used] = tokens[g] / speed[g]
             ended = tokens[g] / speed[g]
+            fails += 1
+            stray = fails > STUCK and n > 0 and random_below(stream, layer, STRAY) == 0
+            if used <= allowance and (ended <= now or stray):
+                now = ended
+                length = n
+                here[:n] = trial[:n]
             if used <= allowance and ended <= reached:
+                fails = 0 if ended < reached * (1 - 1e-9) else fails
                 reached = ended
                 lengths[layer] = n
                 kept[:n] = trial[:n]
+            if fails > HOME * STUCK:
+                now = reached
+                length = lengths[layer]
+                here[:length] = kept[:length]
+                fails = 0
             first = False
             if reached <= target or left <= 0 or lengths[layer] == 0:
                 break
