@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 
 from moeplace.evaluate import evaluate
 from moeplace.feasible import explain_infeasible
+from moeplace.instances import generate
 from moeplace.plan import EMPTY, Plan
 from moeplace.problem import Problem
 from moeplace.search.construct import adopt
 from moeplace.search.moves import Moves, _apply, _best_step, _legal, _transfer, _weight
 from moeplace.search.state import BARRED, HELD, OLD, PINNED, State
+from moeplace.solve import solve
 from tests.search.checks import assert_consistent, started
 from tests.strategies import legal_plans, plan, problem, tiny_problems
 
@@ -284,7 +286,7 @@ def test_the_step_with_most_relief_for_each_copy_is_found(
     assume(state.tokens[0, g] > 0)
     score, kind, h, a, b, _ = _best_step(
         g, room, state.slot[0], state.on[0], holders(state), state.copies[0], state.tokens[0],
-        state.cap, state.least[0], state.most, state.speed[0], state.load[0],
+        state.cap, state.least[0], state.most, state.speed[0], state.load[0], 0.0, state.random, 0,
     )  # fmt: skip
     best = best_score(state, g, room)
     if kind < 0:
@@ -467,3 +469,18 @@ def test_one_and_two_threads_give_the_same_bits() -> None:
         arrays = (state.slot, state.tokens, state.on, state.random, state.work, moves.curve)
         outcomes.add(b"".join(array.tobytes() for array in arrays))
     assert len(outcomes) == 1
+
+
+def test_a_long_search_leaves_the_place_where_greedy_steps_end() -> None:
+    now = solve(generate((1, 256, 288, 32), 104).aggregate(), work_limit=4_000_000, gap=1e-5).plan
+    later = generate((1, 256, 288, 32), 104, epoch=1).aggregate()
+    state = State.of(later, seed=0)
+    adopt(state, now, np.arange(1))
+    moves = Moves(state, np.array([4]))
+    with ThreadPoolExecutor(1) as pool:
+        moves.improve(np.arange(1), np.array([100_000]), np.zeros(1), pool, 1)
+        assert state.makespan[0] > 1.1
+        for steps in (1_000_000, 30_000_000):
+            moves.improve(np.arange(1), np.array([steps]), np.zeros(1), pool, 1)
+    assert state.makespan[0] < 1.09
+    assert_consistent(state, later)
