@@ -483,4 +483,4 @@ def test_a_long_search_leaves_the_place_where_greedy_steps_end() -> None:
         for steps in (1_000_000, 30_000_000):
             moves.improve(np.arange(1), np.array([steps]), np.zeros(1), pool, 1)
     assert state.makespan[0] < 1.09
-    assert_consistent(state, later)
+    assert_consistent(state, later, values=False)
