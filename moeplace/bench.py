@@ -11,6 +11,7 @@ from moeplace.bench_latency import decode_prefill, latency
 from moeplace.bench_methods import held_out, methods, node_groups, spread
 from moeplace.bench_scale import scale
 from moeplace.bench_search import ablation, few_spares, growth
+from moeplace.bench_solvers import solvers
 from moeplace.errors import ProblemError
 
 SUITES: dict[str, Callable[[Path], Iterator[Row]]] = {
@@ -30,6 +31,7 @@ SUITES: dict[str, Callable[[Path], Iterator[Row]]] = {
     "moves": bench_live.moves,
     "robust": bench_live.robust,
     "hard": hard,
+    "solvers": solvers,
     "dispatch": dispatch,
     "traffic": traffic,
     "scale": scale,

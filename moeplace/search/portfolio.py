@@ -73,6 +73,8 @@ MOVES_SHARE = 0.6
 NEAR_SHARE = 0.3
 #: Share of both for the search under even routing, if the routing is weighted.
 WEIGHTED_SHARE = 0.3
+#: Share of both after which several windows under weighted routing get shares of their own.
+EVEN_SHARE = 0.6
 #: Share of both for finding out how many replicas of a budget each layer should have.
 BUDGET_SHARE = 0.5
 #: How far the weights of windows move, each round, to those that decide the CVaR.
@@ -394,7 +396,7 @@ def _afresh(run: Run, start: Plan | None, pool: ThreadPoolExecutor) -> None:
         assert run.kept is not None
         if problem.windows == 1 and not weighted and problem.node_groups is None:
             _take_better(state, run.kept.plan)
-        if weighted and _pours(problem):
+        if weighted and problem.windows == 1 and _pours(problem):
             _join_ranks(run)
         _descend(run, state, aims, pool, share)
         if problem.windows > 1 and not weighted and not fixed:
@@ -405,6 +407,10 @@ def _afresh(run: Run, start: Plan | None, pool: ThreadPoolExecutor) -> None:
         elif fixed:
             run.offer(state.plan(problem))
             _under_rule(run, state, pool)
+        if weighted and problem.windows > 1:  # what is good with equal shares is better with others
+            run.offer(state.plan(problem))
+            adopt(state, run.kept.plan, _affordable(state, run.kept.plan))
+            all_windows(run, state, pool, np.arange(problem.layers), EVEN_SHARE)
         if weighted:
             run.offer(state.plan(problem))
             adopt(state, run.kept.plan, _affordable(state, run.kept.plan))

@@ -14,6 +14,7 @@ from moeplace.constraints import Forbid, MaxMoves, NodeGroups, Pin
 from moeplace.errors import PlanError, PolicyNotApplicable
 from moeplace.evaluate import evaluate
 from moeplace.hardware import Cluster
+from moeplace.instances import read_instance
 from moeplace.plan import EMPTY, Plan
 from moeplace.policies import POLICIES
 from moeplace.problem import Problem
@@ -492,3 +493,13 @@ def test_a_plan_with_duplicates_is_no_result() -> None:
     run = run_of(three)
     run.offer(twice)
     assert run.best is None
+
+
+@pytest.mark.parametrize("name", ["qwen3-30b-sharegpt_16x9_equal", "dsv2lite-tasks_16x5_equal"])
+def test_several_windows_cost_less_with_shares_of_their_own(name: str) -> None:
+    one = read_instance(f"instances/real/{name}.json")
+    cost = [
+        solve(replace(one, routing=routing), work_limit=400_000 * one.layers).objective  # type: ignore[arg-type]
+        for routing in ("even", "weighted")
+    ]
+    assert cost[1] < cost[0]
