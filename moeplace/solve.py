@@ -20,7 +20,7 @@ from moeplace.result import OPTIMAL_GAP, Limits, Progress, Result, Status, finis
 from moeplace.search.split import at_best_shares
 
 if TYPE_CHECKING:
-    from moeplace.search.portfolio import Run
+    from moeplace.search.run import Run
 
 #: Exact solvers; see `moeplace.exact.solvers` for what each can do.
 EXACT = ("cp-sat", "highs", "gscip", "cbc")
@@ -112,7 +112,8 @@ def solve(
     check_problem(problem)
     # compiled code: imported to be used
     import moeplace.search.compiling  # noqa: F401 - tells when kernels are compiled
-    from moeplace.search.portfolio import Run, rehearse
+    from moeplace.search.portfolio import rehearse
+    from moeplace.search.run import Run
 
     limits = Limits(time=time_limit, work=work_limit, gap=gap)
     if method not in METHODS:
@@ -298,7 +299,8 @@ def _small(problem: Problem) -> bool:
 
 def _searched(run: "Run", start: Plan | None, limits: Limits) -> None:
     """Run the portfolio under `limits` and keep what it finds, also when interrupted."""
-    from moeplace.search.portfolio import Run, search
+    from moeplace.search.portfolio import search
+    from moeplace.search.run import Run
 
     stage = Run(
         run.problem, run.bound, limits, run.began, run.seed, run.workers, run.progress, run.best

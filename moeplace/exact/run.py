@@ -18,7 +18,7 @@ from moeplace.exact.solvers import SOLVERS, Answer, Request, Stop
 from moeplace.plan import Plan
 from moeplace.problem import Problem
 from moeplace.result import OPTIMAL_GAP, Progress
-from moeplace.search.portfolio import Run
+from moeplace.search.run import Run
 
 #: Replicas that may exist, over all layers, up to which layers that depend on each other make one
 #: model; beyond, prices stand for the rules over all layers.

@@ -24,7 +24,9 @@ from moeplace.plan import Plan
 from moeplace.problem import Problem
 from moeplace.search import portfolio
 from moeplace.search.construct import adopt, construct
+from moeplace.search.in_windows import all_windows, true_targets
 from moeplace.search.latency import TrueTimes, linear
+from moeplace.search.run import Run, part
 from moeplace.search.state import OLD, State
 
 #: Share of time and work for the linear planners.
@@ -36,7 +38,7 @@ SHORT, SHORT_SHARE, SHORT_WORK = 2_000, 0.35, 0.1
 EXTRA = (0.0, 0.1, 0.5)
 
 
-def by_true_times(run: "portfolio.Run", start: Plan | None, pool: ThreadPoolExecutor) -> None:
+def by_true_times(run: Run, start: Plan | None, pool: ThreadPoolExecutor) -> None:
     """Leave the best legal plan found in `run.best`, if there is one."""
     problem = run.problem
     _by_speeds(run, start)
@@ -53,7 +55,7 @@ def by_true_times(run: "portfolio.Run", start: Plan | None, pool: ThreadPoolExec
     state = _state(run, kept)
     try:
         layers = np.arange(problem.layers)
-        portfolio.all_windows(run, state, pool, layers, allowance=_allowance(run, kept))
+        all_windows(run, state, pool, layers, allowance=_allowance(run, kept))
     finally:
         run.offer(state.plan(problem))
 
@@ -63,13 +65,13 @@ def _unknown(problem: Problem) -> bool:
     return problem.routing not in ("even", "weighted") or problem.max_off_node is not None
 
 
-def _as_if_even(run: "portfolio.Run", start: Plan | None) -> None:
+def _as_if_even(run: Run, start: Plan | None) -> None:
     """What the search by true times finds for even routing, priced under the engine's rule."""
     problem = run.problem
     rules = [rule for rule in problem.constraints if not isinstance(rule, MaxOffNode)]
     even = replace(problem, routing="even", constraints=rules)
-    one = portfolio.Run(
-        even, lower_bound(even), portfolio.part(run, 1.0, 1), time.perf_counter(), run.seed,
+    one = Run(
+        even, lower_bound(even), part(run, 1.0, 1), time.perf_counter(), run.seed,
         run.workers, None, quota=run.quota,
     )  # fmt: skip
     try:
@@ -80,12 +82,12 @@ def _as_if_even(run: "portfolio.Run", start: Plan | None) -> None:
             run.offer(one.kept.plan.with_split(None))
 
 
-def _by_speeds(run: "portfolio.Run", start: Plan | None) -> None:
+def _by_speeds(run: Run, start: Plan | None) -> None:
     """What the linear planners find, priced truly."""
     problem = run.problem
     plain = linear(problem)
-    one = portfolio.Run(
-        plain, lower_bound(plain), portfolio.part(run, LINEAR_SHARE, 1), time.perf_counter(),
+    one = Run(
+        plain, lower_bound(plain), part(run, LINEAR_SHARE, 1), time.perf_counter(),
         run.seed, run.workers, None, quota=run.quota,
     )  # fmt: skip
     try:
@@ -98,7 +100,7 @@ def _by_speeds(run: "portfolio.Run", start: Plan | None) -> None:
                 run.offer(one.kept.plan.with_split(None))
 
 
-def _few_replicas(run: "portfolio.Run", pool: ThreadPoolExecutor) -> None:
+def _few_replicas(run: Run, pool: ThreadPoolExecutor) -> None:
     """Constructions with the fewest replicas that the makespan needs, and with some more."""
     problem = run.problem
     slots = int(np.minimum(problem.cluster.slots, problem.experts).sum())
@@ -116,7 +118,7 @@ def _few_replicas(run: "portfolio.Run", pool: ThreadPoolExecutor) -> None:
         state = State.of(plain, run.seed, (least + extra * (most - least)).astype(np.int64))
         if construct(state) >= 0:
             return
-        times = TrueTimes(problem, state, _unlimited(problem), portfolio.true_targets(run))
+        times = TrueTimes(problem, state, _unlimited(problem), true_targets(run))
         times.improve(layers, trials, cold, problem.window_weight, pool, run.workers)
         run.work += trials * problem.layers * problem.windows
         run.offer(state.plan(problem))
@@ -134,7 +136,7 @@ def _needed(problem: Problem, seconds: FloatArray) -> IntArray:
     return np.asarray(np.maximum(copies, problem.pinned.sum(axis=2)).sum(axis=1))
 
 
-def _state(run: "portfolio.Run", kept: Plan) -> State:
+def _state(run: Run, kept: Plan) -> State:
     """A state that holds the kept plan, with the marks that rules need."""
     problem = run.problem
     state = State.of(problem, run.seed, run.quota)
@@ -148,7 +150,7 @@ def _state(run: "portfolio.Run", kept: Plan) -> State:
     return state
 
 
-def _allowance(run: "portfolio.Run", kept: Plan) -> IntArray:
+def _allowance(run: Run, kept: Plan) -> IntArray:
     """Copies that each layer [layers] may receive.
 
     Under a budget over all layers each keeps what the kept plan gives it; what is left over goes

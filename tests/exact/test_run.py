@@ -24,7 +24,7 @@ from moeplace.exact.solvers import SOLVERS, Request
 from moeplace.instances import generate, write_instance
 from moeplace.problem import Problem
 from moeplace.result import Limits
-from moeplace.search.portfolio import Run
+from moeplace.search.run import Run
 from tests.brute_force import optimum
 from tests.exact.cases import featured
 from tests.strategies import problem

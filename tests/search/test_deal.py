@@ -15,7 +15,7 @@ from moeplace.constraints import CAPACITY_SLACK, TokenCapacity
 from moeplace.instances import generate
 from moeplace.loads import LoadHistogram
 from moeplace.problem import Problem
-from moeplace.search import portfolio
+from moeplace.search import in_windows
 from moeplace.search.deal import _best, _sums, deal
 from moeplace.search.state import State
 from moeplace.search.windows import Windows
@@ -99,7 +99,7 @@ def two_windows(seed: int, layers: int = 1) -> Problem:
 def test_two_windows_at_real_size(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     one = two_windows(seed)
     new = mp.solve(one, work_limit=20_000_000, gap=1e-7)
-    monkeypatch.setattr(portfolio, "DEAL_AFTER", 1.0)
+    monkeypatch.setattr(in_windows, "DEAL_AFTER", 1.0)
     old = mp.solve(one, work_limit=20_000_000, gap=1e-7)
     assert new.evaluation is not None
     assert new.evaluation.legal

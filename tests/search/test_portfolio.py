@@ -19,7 +19,7 @@ from moeplace.plan import EMPTY, Plan
 from moeplace.policies import POLICIES
 from moeplace.problem import Problem
 from moeplace.result import Limits, Progress, Result, Status
-from moeplace.search.portfolio import STRIDE, Run, _chunks, _mix
+from moeplace.search.run import STRIDE, Run, chunks, mix
 from moeplace.search.split import resplit
 from moeplace.solve import solve
 from tests.brute_force import optimum
@@ -463,7 +463,7 @@ def test_a_mix_takes_slots_and_shares_layer_by_layer() -> None:
     one = problem([[9, 5, 4, 2]] * 2, [1, 1], 3, routing="weighted")
     first = resplit(one, plan([[0, 3, 1, 0, 1, 2]] * 2, [3, 3]))
     second = resplit(one, plan([[0, 1, 2, 0, 1, 3]] * 2, [3, 3]))
-    mixed = _mix(np.array([True, False]), first, second)
+    mixed = mix(np.array([True, False]), first, second)
     assert first.split is not None
     assert second.split is not None
     assert mixed.split is not None
@@ -475,7 +475,7 @@ def test_a_mix_takes_slots_and_shares_layer_by_layer() -> None:
 @given(st.lists(st.integers(1, 2 * STRIDE), min_size=1, max_size=30))
 def test_calls_hold_all_layers_in_order_and_about_a_stride_each(budgets: list[int]) -> None:
     budget = np.array(budgets)
-    calls = _chunks(budget)
+    calls = chunks(budget)
     assert np.concatenate(calls).tolist() == list(range(budget.size))
     for call in calls:
         assert call.size > 0
