@@ -7,7 +7,7 @@ import typer
 
 from moeplace._files import check_output, check_outputs
 from moeplace.cli_answers import error, read_given, write, write_json
-from moeplace.cli_options import BAD_INPUT, AsJson, FirstMoeLayer, Quiet, SumWindows, example
+from moeplace.cli_options import BAD_INPUT, AsJson, FirstMoeLayer, Quiet, SumWindows, add
 from moeplace.cli_progress import reading
 from moeplace.compare import (
     aligned,
@@ -318,7 +318,4 @@ _COMMANDS = (
 
 def add_commands(app: typer.Typer) -> None:
     """Add the commands, once."""
-    known = {command.callback for command in app.registered_commands}
-    for command, usage in _COMMANDS:
-        if command not in known:
-            app.command(epilog=example(usage))(command)
+    add(app, _COMMANDS)

@@ -1,6 +1,7 @@
 """Options that several commands share, exit codes, and the example at the end of a help."""
 
 import textwrap
+from collections.abc import Callable, Iterable
 from typing import Annotated
 
 import typer
@@ -126,3 +127,11 @@ def example(command: str) -> str:
         f"moeplace {command}", WIDTH - 8, break_long_words=False, break_on_hyphens=False
     )
     return "\b\nExample:\n  " + " \\\n      ".join(lines)
+
+
+def add(to: typer.Typer, commands: Iterable[tuple[Callable[..., None], str]]) -> None:
+    """Add commands with the examples of their help, once."""
+    known = {command.callback for command in to.registered_commands}
+    for command, usage in commands:
+        if command not in known:
+            to.command(epilog=example(usage))(command)

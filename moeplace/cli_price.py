@@ -27,7 +27,7 @@ from moeplace.cli_options import (
     Quiet,
     SumWindows,
     TopK,
-    example,
+    add,
 )
 from moeplace.compare import (
     Row,
@@ -214,7 +214,4 @@ _COMMANDS = (
 
 def add_commands(app: typer.Typer) -> None:
     """Add the commands, once."""
-    known = {command.callback for command in app.registered_commands}
-    for command, usage in _COMMANDS:
-        if command not in known:
-            app.command(epilog=example(usage))(command)
+    add(app, _COMMANDS)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from moeplace.cli_answers import read_given, write, write_json
-from moeplace.cli_options import BAD_INPUT, INTERNAL, AsJson, Instance, Quiet, SumWindows, example
+from moeplace.cli_options import BAD_INPUT, INTERNAL, AsJson, Instance, Quiet, SumWindows, add
 from moeplace.compare import aligned, printable
 from moeplace.errors import ProblemError
 from moeplace.formats import read_plan
@@ -318,7 +318,4 @@ _COMMANDS = (
 
 def add_commands(app: typer.Typer) -> None:
     """Add both commands, once."""
-    known = {command.callback for command in app.registered_commands}
-    for command, usage in _COMMANDS:
-        if command not in known:
-            app.command(epilog=example(usage))(command)
+    add(app, _COMMANDS)

@@ -29,7 +29,7 @@ from moeplace.cli_options import (
     TopK,
     Workers,
     WorkLimit,
-    example,
+    add,
 )
 from moeplace.cli_progress import searching
 from moeplace.compare import (
@@ -206,7 +206,4 @@ _COMMANDS = (
 
 def add_commands(app: typer.Typer) -> None:
     """Add the commands, once."""
-    known = {command.callback for command in app.registered_commands}
-    for command, usage in _COMMANDS:
-        if command not in known:
-            app.command(epilog=example(usage))(command)
+    add(app, _COMMANDS)

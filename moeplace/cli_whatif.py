@@ -16,7 +16,7 @@ from moeplace.cli_options import (
     Seed,
     SumWindows,
     Workers,
-    example,
+    add,
 )
 from moeplace.compare import aligned, exact
 from moeplace.sweep import on_cluster
@@ -169,7 +169,4 @@ _COMMANDS = (
 
 def add_commands(app: typer.Typer) -> None:
     """Add both commands, once."""
-    known = {command.callback for command in app.registered_commands}
-    for command, usage in _COMMANDS:
-        if command not in known:
-            app.command(epilog=example(usage))(command)
+    add(app, _COMMANDS)

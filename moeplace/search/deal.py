@@ -137,13 +137,12 @@ def _above(time, aim, lowers, width, allowed, above):  # type: ignore[no-untyped
 @njit(cache=True, nogil=True, error_model="numpy")
 def _deal(  # type: ignore[no-untyped-def]
     layers, trials, targets, weight, aims, lowers, floor, loads, bases, speeds, cap, slots, copies,
-    ons, stream, done, costs,
+    ons, stream, costs,
 ):  # fmt: skip
     """Search each of `layers` for so many trials, or until its cost is within its target.
 
     `aims` [rows, layers]: times that no plan beats; `lowers` [rows]: whether a row's aim is to be
-    approached (True), or kept as it is (a capacity); `done` [layers] counts trials. Other arrays as
-    in `windows`.
+    approached (True), or kept as it is (a capacity). Other arrays as in `windows`.
     """
     rows, ranks, most = weight.size, cap.size, slots.shape[2]
     half = 1 << (DEALT // 2)
@@ -187,7 +186,6 @@ def _deal(  # type: ignore[no-untyped-def]
             if random_below(stream, layer, ASIDE) == 0:
                 g = random_below(stream, layer, ranks)
             h = random_below(stream, layer, ranks)
-            done[layer] += 1
             if g == h:
                 continue
             n_g = _drawn(g, h, cap, slot, on, mine, stream, layer)
@@ -288,7 +286,7 @@ def deal(
         _deal(
             layers[part], trials[part], targets[part], weight, aims, lowers, every.floor,
             every.load, every.base, every.speed, state.cap, state.slot, state.copies, state.on,
-            state.random, every.dealt, every.cost,
+            state.random, every.cost,
         )  # fmt: skip
 
     list(pool.map(run, [slice(part, None, workers) for part in range(workers)]))

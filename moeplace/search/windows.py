@@ -248,7 +248,6 @@ class Windows:
         self.allowance = unlimited if allowance is None else allowance
         self.state = state
         self.cost = np.zeros(problem.layers)
-        self.dealt = np.zeros(problem.layers, dtype=np.int64)
 
     def improve(
         self,
