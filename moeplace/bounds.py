@@ -35,8 +35,8 @@ from moeplace.problem import Problem, check_problem
 SLACK = 1e-12
 #: Sources of bounds that a constraint lifts: groups on nodes (a prefix), and few moves.
 NODES, STAY, FEW = "nodes: ", "moves", "few moves"
-#: `FewMoves` is tried for so many moves, with so many nodes of its search for each makespan.
-MOST_MOVES, QUICK = 8, 20_000
+#: `FewMoves` is tried for so many moves.
+MOST_MOVES = 8
 #: Source of bounds by every way to share groups out over nodes.
 GROUPS = "groups on nodes"
 #: `planes` counts the replicas that so many experts of a layer need.
@@ -566,7 +566,7 @@ def recompute(problem: Problem, bound: Bound) -> None:
             from moeplace.moves_bound import FewMoves
 
             case = FewMoves(problem, window, layer)
-            holds = case.refutes(int(_move_budget(problem)[layer]), claim * (1 - 1e-11))
+            holds = case.follows(int(_move_budget(problem)[layer]), claim * (1 - 1e-11))
         elif name == GROUPS and problem.node_groups is not None:
             if shared is None:
                 shared = share_groups(problem)
@@ -771,7 +771,7 @@ def few_moves(
     """Bounds [windows, layers] lifted by `FewMoves`; `high` are makespans known to be possible.
 
     Without them, those of the current plan (which a broken rule may exclude: still a limit of
-    the search only). `seconds` for each layer and window; without, QUICK nodes.
+    the search only). `seconds` for each layer and window; without, few steps.
     """
     value = per_layer.copy()
     if problem.max_moves is None or problem.routing != "even":
@@ -786,7 +786,7 @@ def few_moves(
             case = FewMoves(problem, window, layer)
             low = float(per_layer[window, layer])
             value[window, layer] = case.bound(
-                int(budget[layer]), low, float(high[window, layer]), QUICK, seconds
+                int(budget[layer]), low, float(high[window, layer]), seconds
             )
     return value
 

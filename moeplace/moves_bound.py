@@ -1,30 +1,38 @@
 """Lower bounds under a budget of moves: what few received copies cannot mend.
 
 Two arguments. `stay_curve`: experts that receive nothing stay within their ranks (any routing).
-`FewMoves`: exhaustive over what experts with several replicas can do (even routing), in whole
-numbers, by a compiled depth-first search; `bounds.recompute` runs the search again.
+`FewMoves`: what few copies leave idle or overfull, whatever becomes of the experts with several
+replicas (even routing), in whole numbers; `bounds.recompute` searches again.
 """
 
 import time
 
 import numpy as np
-from numba import njit
 
-from moeplace._check import FloatArray
+from moeplace import moves_search as search
+from moeplace._check import FloatArray, IntArray
 from moeplace.plan import EMPTY
 from moeplace.problem import Problem
 
 #: Experts with more replicas than this are left out of the search.
-MOST_COPIES = 6
-#: Nodes of the search when a bound is checked again.
-THOROUGH = 2_000_000_000
-#: Nodes in a second, and the last step of a bisection that has so many seconds.
-PACE, STEP = 20_000_000, 0.02
+MOST_COPIES = 8
+#: Copies that an expert of several replicas receives; the last stands for any more.
+MORE = 3
 #: Tokens are multiplied to whole numbers of this size for the busiest rank.
 GRID = float(1 << 44)
 #: Less than this in all is no load: its grid would overflow.
 LEAST = 1e-250
-
+#: States of the search: at first, and at most (each more than before by this factor).
+STATES, MOST_STATES, GROWTH = 1_000, 512_000, 8
+#: Cells of a table of prices, and the prices that are tried, as shares of a rank's room.
+CELLS, SHARES = 1024, (0.02, 0.035, 0.06, 0.1, 0.17)
+#: Pairs of prices that are kept.
+PAIRS = 4
+#: Steps of work (cells of tables, states tried) for one bound without a time limit.
+QUICK = 3_000_000
+#: A bisection tries the point at SHARE of what is open, down to STEP of it, and further where a
+#: trial takes less than BRIEF seconds.
+SHARE, STEP, BRIEF = 0.4, 1 / 64, 0.02
 
 def stay_curve(problem: Problem, window: int, layer: int, slack: float) -> FloatArray:
     """Bound [experts + 1] on the makespan if 0, 1, 2, ... copies are received.
@@ -53,153 +61,30 @@ def stay_curve(problem: Problem, window: int, layer: int, slack: float) -> Float
     return np.asarray((tokens / speeds[order].cumsum()[:, None]).max(axis=0) * (1 - slack))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def _idle(could, cap, lost, last, depth, moves, waste):  # type: ignore[no-untyped-def]
-    """Room that stays unused, at least, on ranks whose options are all taken at `depth`.
-
-    Ranks that receive may fill up: at most `moves`, so those with the most room left are let off.
-    """
-    n = 0
-    for g in range(cap.size):
-        unused = cap[g] - could[g] - lost[g]  # `lost`: what rounding down may have left out
-        if last[g] <= depth and unused > 0:
-            i = n
-            while i > 0 and waste[i - 1] < unused:
-                waste[i] = waste[i - 1]
-                i -= 1
-            waste[i] = unused
-            n += 1
-    total = 0
-    for i in range(moves, n):
-        total += waste[i]
-    return total
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _excludes(  # type: ignore[no-untyped-def]
-    load, hold, holders, start, cap, single, singles, lost, last, slack, moves, limit
-):
-    """1 if no choice of options keeps every rank within `cap`, 0 if one does, -1 if undecided.
-
-    Options of an expert: (received, kept ranks as bits), in that order. The most copies received
-    stand for any more: ranks then carry at least the share at all `moves`, at most that at so many.
-    `last` [ranks] is the last expert that a rank holds, `slack` the room of all ranks less all
-    tokens.
-    """
-    ranks = start.size
-    waste = np.empty(ranks, dtype=np.int64)
-    experts = load.size
-    carried = start.copy()  # at least; the rest of a rank's load is its experts of one replica
-    could = start.copy()  # at most, if it receives nothing
-    need = np.zeros(ranks, dtype=np.int64)
-    total = 0
-    for g in range(ranks):
-        x = carried[g]
-        while x > cap[g] and need[g] < singles[g]:
-            x -= single[g, need[g]]
-            need[g] += 1
-        if x > cap[g]:
-            return 1
-        total += need[g]
-    if total > moves or _idle(could, cap, lost, last, -1, moves, waste) > slack:
-        return 1
-    if experts == 0:
-        return 0
-    most = cap.max()
-    fewest = np.ones(experts, dtype=np.int64)  # replicas that are not larger than any rank's room
-    for e in range(experts):
-        while load[e] // fewest[e] > most:
-            fewest[e] += 1
-    option = np.full(experts, -1)
-    share = np.zeros(experts, dtype=np.int64)
-    high = np.zeros(experts, dtype=np.int64)
-    spent = np.zeros(experts, dtype=np.int64)  # copies received by experts above
-    needed = np.zeros(experts, dtype=np.int64)  # experts of one replica that must leave so far
-    needed[0] = total
-    before = np.zeros((experts, hold.shape[1]), dtype=np.int64)
-    depth = 0
-    nodes = 0
-    while depth >= 0:
-        count = holders[depth]
-        if option[depth] >= 0:
-            for i in range(count):
-                g = hold[depth, i]
-                if option[depth] >> i & 1:
-                    carried[g] -= share[depth]
-                    could[g] -= high[depth]
-                need[g] = before[depth, i]
-        while True:
-            option[depth] += 1
-            received = option[depth] >> count
-            kept = 0
-            for i in range(count):
-                kept += option[depth] >> i & 1
-            if received > fewest[depth] or spent[depth] + needed[depth] + received > moves:
-                option[depth] = -1
-                break
-            if kept + received >= fewest[depth]:
-                break
-        if option[depth] < 0:
-            depth -= 1
-            continue
-        nodes += 1
-        if nodes > limit:
-            return -1
-        high[depth] = load[depth] // (kept + received)
-        share[depth] = high[depth]
-        if received == fewest[depth]:
-            share[depth] = load[depth] // (kept + moves)
-        total = needed[depth]
-        used = spent[depth] + received
-        fits = True
-        for i in range(count):
-            g = hold[depth, i]
-            before[depth, i] = need[g]
-            if option[depth] >> i & 1:
-                carried[g] += share[depth]
-                could[g] += high[depth]
-        for i in range(count):
-            g = hold[depth, i]
-            x = carried[g]
-            n = need[g]
-            for k in range(n):
-                x -= single[g, k]
-            while x > cap[g] and n < singles[g]:
-                x -= single[g, n]
-                n += 1
-            total += n - need[g]
-            need[g] = n
-            if x > cap[g] or used + total > moves:
-                fits = False
-                break
-        if not fits or _idle(could, cap, lost, last, depth, moves, waste) > slack:
-            continue
-        if depth == experts - 1:
-            return 0
-        depth += 1
-        spent[depth] = used
-        needed[depth] = total
-    return 1
-
-
 class FewMoves:
     """One layer in one window: whether a makespan needs more received copies than are allowed.
 
     Even routing, latency of any kind that is at least tokens / speed. Proof: take a plan within
     T. Each expert e with several replicas today keeps some of them and receives m: with n left in
     all, each kept rank carries w_e / n, an option out of finitely many; what it receives lies
-    elsewhere and is left out. An expert with one replica either receives nothing and stays, or
-    receives at least one copy and takes at most its whole load away. So for the options taken,
-    each rank that would carry more than it can within T must lose experts of one replica, at
-    least as many as if the largest left first; these and the copies received in options are at
-    most M. And a rank that receives nothing carries no more than its experts of one replica and
-    the shares of its options, so it leaves room unused; at most M ranks receive. All ranks
-    together have room for little more than all tokens. If no choice of options satisfies both,
-    there is no plan. Loads are rounded down to whole numbers and room is too, and what that may
-    lose is given back, so that sums are exact: a relaxation.
+    elsewhere and is left out. An expert with one replica that receives m copies leaves its rank,
+    or stays with w_e / (m + 1) there. So each rank carries a load out of finitely many before it
+    receives, and within what it can by T. A rank that receives nothing wastes the room that is
+    left. All ranks together have room for little more than all tokens, which is all that may be
+    wasted; at most M copies are received, by at most M ranks. If no choice of options satisfies
+    the three budgets, there is no plan.
 
-    Experts with more than `MOST_COPIES` replicas are left out, which relaxes further; ranks that
-    hold one may be full.
+    The choices are made one expert at a time, in an order that soon closes ranks again: two
+    choices that leave the open ranks with the same loads, and have spent the same, have one
+    future. That experts with several replicas are few makes such states few (the graph of ranks
+    that share experts is nearly a tree). Where they are too many, loads become intervals. A state
+    is dropped when with any prices for copies and receivers the cheapest that each rank can still
+    become exceeds the waste allowed: Lagrange's bound, an expert's copies paid by its holders in
+    equal parts. Loads are rounded down to whole numbers and room is too, and what that may lose
+    is given back, so that sums are exact: a relaxation.
+
+    Experts with more than `MOST_COPIES` replicas are left out, which relaxes further: their ranks
+    may carry all or nothing of them.
     """
 
     def __init__(self, problem: Problem, window: int, layer: int) -> None:
@@ -208,78 +93,180 @@ class FewMoves:
         row, rank = rules.current.slots[layer], rules.current.rank_of_slot
         load, base = problem.tokens[window, layer], problem.base[window, layer]
         self.cluster, self.capacity = problem.cluster, problem.capacity
+        self.fluid = float(problem.fluid[window, layer])
         total = float(load.sum() + base.sum())
         self.scale = GRID / total if total > LEAST else 1.0  # all of it counts as nothing then
         whole = np.floor(load * self.scale).astype(np.int64)
-        self.carried = np.floor(base * self.scale).astype(np.int64)
         held: list[list[int]] = [[] for _ in range(load.size)]
         for expert, at in zip(row.tolist(), rank.tolist(), strict=True):
             if expert != EMPTY and at not in held[expert]:
                 held[expert].append(at)
         single: list[list[int]] = [[] for _ in range(problem.ranks)]
-        several = []
-        self.lost = np.full(problem.ranks, 2)  # base load and room
-        self.last = np.full(problem.ranks, -1)
+        shared = []
+        # what a rank carries at least if nothing is received and shared experts are elsewhere
+        self.start = np.floor(base * self.scale).astype(np.int64)
+        self.spread = np.ones(problem.ranks, dtype=np.int64)  # and at most, above that
         for expert, ranks in enumerate(held):
             tokens = int(whole[expert])
-            self.lost[ranks] += 2  # the load and its share
-            if len(ranks) > MOST_COPIES:
-                self.last[ranks] = load.size
             if len(ranks) == 1:
                 single[ranks[0]].append(tokens)
-                self.carried[ranks[0]] += tokens
+                self.start[ranks[0]] += tokens
+                self.spread[ranks[0]] += 1
             elif len(ranks) <= MOST_COPIES:
-                several.append((tokens, ranks))
-        several.sort(key=lambda pair: -pair[0] // len(pair[1]))
-        self.load = np.array([tokens for tokens, _ in several], dtype=np.int64)
-        self.holders = np.array([len(ranks) for _, ranks in several], dtype=np.int64)
-        self.hold = np.zeros((len(several), MOST_COPIES), dtype=np.int64)
-        for n, (_, ranks) in enumerate(several):
-            self.hold[n, : len(ranks)] = ranks
-            self.last[ranks] = np.maximum(self.last[ranks], n)
+                shared.append((tokens, ranks))
+            else:
+                self.spread[ranks] += tokens + 1
         self.total = int(np.floor(total * self.scale * (1 - 1e-12)))
         self.singles = np.array([len(mine) for mine in single])
         self.single = np.zeros((problem.ranks, max(int(self.singles.max()), 1)), dtype=np.int64)
         for at, mine in enumerate(single):
             self.single[at, : len(mine)] = sorted(mine, reverse=True)
+        self.most = np.insert(self.single.cumsum(axis=1), 0, 0, axis=1)
+        self.gone, self.begin = search.departures(self.single, self.singles)
+        chosen, self.order = _order([ranks for _, ranks in shared], problem.ranks)
+        self.load = np.array([shared[n][0] for n in chosen], dtype=np.int64)
+        self.holders = np.array([len(shared[n][1]) for n in chosen], dtype=np.int64)
+        self.hold = np.zeros((len(chosen), MOST_COPIES), dtype=np.int64)
+        for n, expert in enumerate(chosen):
+            self.hold[n, : self.holders[n]] = shared[expert][1]
+        of = np.zeros(problem.ranks, dtype=np.int64)
+        for _, ranks in shared:
+            of[ranks] += 1
+        self.rows = np.insert((of + 1).cumsum(), 0, 0)
+        self.pairs: dict[int, IntArray] = {}
+        self.effort = 0
 
-    def refutes(self, moves: int, seconds: float, nodes: int = THOROUGH) -> bool:
-        """Whether no plan that receives at most `moves` copies ends within `seconds`.
-
-        False also if that is not decided within so many nodes.
-        """
+    def _room(self, seconds: float) -> IntArray:
         room = np.minimum(self.cluster.tokens_by(np.array([seconds])), self.capacity)
         room = room * self.scale * (1 + 1e-12)
-        cap = np.floor(np.minimum(room, GRID * 4)).astype(np.int64)
-        slack = int(cap.sum()) + cap.size - self.total
-        answer = _excludes(
-            self.load, self.hold, self.holders, self.carried, cap, self.single, self.singles,
-            self.lost, self.last, slack, moves, nodes,
-        )  # fmt: skip
-        return bool(answer == 1)
+        return np.asarray(np.floor(np.minimum(room, GRID * 4)).astype(np.int64))
 
-    def bound(
-        self, moves: int, low: float, high: float, nodes: int, seconds: float | None = None
-    ) -> float:
+    def _prices(self, moves: int, cap: IntArray, pairs: IntArray) -> tuple[IntArray, ...]:
+        """Tables of prices [pairs, rows, CELLS], the cells' bits, and each expert's least copies."""
+        fewest = np.maximum(-(-(self.load + 1) // (int(cap.max()) + 1)), 1)
+        reach = cap - self.start + self.most[:, min(moves, self.single.shape[1])]
+        bits = np.frexp(np.maximum(reach, 0) // CELLS)[1].astype(np.int64)  # CELLS << bits > reach
+        tables = np.empty((len(pairs), int(self.rows[-1]), CELLS), dtype=np.int64)
+        for table, (copy, receiver) in zip(tables, pairs, strict=True):
+            table[:] = search.prices(
+                self.load, self.holders, self.hold, fewest, self.rows, bits, CELLS, self.start,
+                cap, self.gone, self.begin, self.most, self.singles, moves, min(MORE, moves),
+                int(copy), int(receiver),
+            )  # fmt: skip
+        self.effort += tables.size
+        return tables, bits, fewest
+
+    def _pairs(self, moves: int) -> IntArray:
+        """Prices of a copy and of a receiver [pairs, 2] that together bound best at fluid's T."""
+        if moves not in self.pairs:
+            cap = self._room(self.fluid)
+            shares = (np.array(SHARES) * cap.mean()).astype(np.int64)
+            near = [(i, j) for i in range(len(shares)) for j in (i - 1, i) if j >= 0]
+            tried = np.array([(shares[i], shares[j]) for i, j in near])
+            tables, bits, _ = self._prices(moves, cap, tried)
+            least = np.array([_least(table, self.rows, bits, self.spread) for table in tables])
+            best = np.argsort(-(least - tried.sum(axis=1) * moves), kind="stable")
+            self.pairs[moves] = tried[best[:PAIRS]]
+        return self.pairs[moves]
+
+    def refutes(self, moves: int, seconds: float, states: int = MOST_STATES) -> bool:
+        """Whether no plan that receives at most `moves` copies ends within `seconds`.
+
+        False also where that does not show with so many states.
+        """
+        cap = self._room(seconds)
+        slack = int(cap.sum()) + cap.size - self.total
+        reach = cap - self.start + self.most[:, min(moves, self.single.shape[1])]
+        if slack < 0 or (reach < 0).any():
+            return True
+        pairs = self._pairs(moves)
+        tables, bits, fewest = self._prices(moves, cap, pairs)
+        states = max(states, 4 * (moves + 1) ** 2)  # at least all that may be spent
+        answer, effort = search.excludes(
+            self.load, self.holders, self.hold, fewest, self.order, self.rows, bits, self.start,
+            self.spread, cap, self.gone, self.begin, self.most, self.singles, moves,
+            min(MORE, moves), slack, tables, pairs[:, 0].copy(), pairs[:, 1].copy(), states,
+        )  # fmt: skip
+        self.effort += effort
+        return bool(answer)
+
+    def follows(self, moves: int, seconds: float) -> bool:
+        """Whether `refutes` says so with any number of states that `bound` may have used."""
+        states = STATES
+        while states <= MOST_STATES:
+            if self.refutes(moves, seconds, states):
+                return True
+            states *= GROWTH
+        return False
+
+    def bound(self, moves: int, low: float, high: float, seconds: float | None = None) -> float:
         """Largest makespan that `refutes` excludes, by bisection from `low` (returned if none).
 
-        The search goes up to `high`. With `seconds` it is as deep as they allow, in rougher steps
-        that begin small: what is near `low` is refuted soonest.
+        The search goes up to `high`. Without `seconds`, few states and about QUICK steps; with
+        them, ever more states while they last.
         """
         end = np.inf if seconds is None else time.perf_counter() + seconds
-        if seconds is None and not self.refutes(moves, low * (1 + 1e-9), nodes):
-            return low
-        step = 0.5 if seconds is None else 1 / 16
-        finest = 1e-7 * low if seconds is None else max(STEP * (high - low), 1e-7 * low)
-        while high - low > finest:
-            if seconds is not None:
-                left = end - time.perf_counter()
-                nodes = int(left / 3 * PACE)
-                if nodes <= 0:
-                    break
-            middle = low + step * (high - low)
-            if self.refutes(moves, middle, nodes):
-                low, step = middle, min(2 * step, 0.5)
-            else:
-                high, step = middle, 0.5
+        states, longest, finest = STATES, 0.0, 1e-7 * low
+        self.effort = 0
+        while states <= MOST_STATES and high - low > finest:
+            top, last = high, STEP * (high - low)
+            while top - low > finest and (top - low > last or longest < BRIEF):
+                began = time.perf_counter()
+                if began + longest > end or (seconds is None and self.effort > QUICK):
+                    return low
+                middle = low + SHARE * (top - low)
+                if self.refutes(moves, middle, states):
+                    low = middle
+                else:
+                    top = middle
+                longest = max(longest, time.perf_counter() - began)
+            if seconds is None:
+                break
+            states *= GROWTH
+            longest *= GROWTH
         return low
+
+
+def _least(table: IntArray, rows: IntArray, bits: IntArray, spread: IntArray) -> int:
+    """Sum of the ranks' prices before any expert is decided."""
+    first = table[rows[:-1]]
+    return sum(
+        int(row[: (int(wide) >> int(bit)) + 1].min())
+        for row, bit, wide in zip(first, bits, spread, strict=True)
+    )
+
+
+def _order(shared: list[list[int]], ranks: int) -> tuple[list[int], IntArray]:
+    """Experts in the order of decision, and the steps: places in that order, or -1 - a closed rank.
+
+    The rank that leaves fewest others open is closed next, as soon as all it shares is decided.
+    """
+    of: list[set[int]] = [set() for _ in range(ranks)]
+    for expert, holders in enumerate(shared):
+        for rank in holders:
+            of[rank].add(expert)
+    chosen: list[int] = []
+    steps: list[int] = []
+    opened: set[int] = set()
+    left = set(range(ranks))
+
+    def opens(rank: int) -> tuple[int, int]:
+        after = opened.union(*(shared[expert] for expert in of[rank]))
+        return sum(not of[other] <= of[rank] for other in after if other != rank), rank
+
+    while left:
+        rank = min(left, key=opens)
+        for expert in sorted(of[rank], key=lambda e: (len(set(shared[e]) - opened), e)):
+            steps.append(len(chosen))
+            chosen.append(expert)
+            opened.update(shared[expert])
+            for other in shared[expert]:
+                of[other].discard(expert)
+                if not of[other]:
+                    steps.append(-1 - other)
+                    left.discard(other)
+                    opened.discard(other)
+        if rank in left:  # it shares nothing
+            steps.append(-1 - rank)
+            left.discard(rank)
+    return chosen, np.array(steps, dtype=np.int64)
