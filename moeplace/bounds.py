@@ -18,6 +18,7 @@ Comparisons leave a relative slack of 1e-12, so that rounding never makes a boun
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -781,13 +782,19 @@ def few_moves(
     from moeplace.moves_bound import FewMoves  # compiled
 
     budget = _move_budget(problem)
-    for window, layer in np.argwhere(high > per_layer * (1 + 1e-6)):
-        if budget[layer] <= MOST_MOVES:
-            case = FewMoves(problem, window, layer)
-            low = float(per_layer[window, layer])
-            value[window, layer] = case.bound(
-                int(budget[layer]), low, float(high[window, layer]), seconds
-            )
+    cases = [
+        (int(window), int(layer))
+        for window, layer in np.argwhere(high > per_layer * (1 + 1e-6))
+        if budget[layer] <= MOST_MOVES
+    ]
+
+    def lift(case: tuple[int, int]) -> float:
+        moves, low, top = int(budget[case[1]]), float(per_layer[case]), float(high[case])
+        return FewMoves(problem, *case).bound(moves, low, top, seconds)
+
+    with ThreadPoolExecutor(1 if seconds is not None else None) as pool:
+        for case, bound in zip(cases, pool.map(lift, cases), strict=True):
+            value[case] = bound
     return value
 
 

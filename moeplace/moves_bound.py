@@ -24,15 +24,16 @@ GRID = float(1 << 44)
 LEAST = 1e-250
 #: States of the search: at first, and at most (each more than before by this factor).
 STATES, MOST_STATES, GROWTH = 1_000, 512_000, 8
-#: Cells of a table of prices, and the prices that are tried, as shares of a rank's room.
-CELLS, SHARES = 1024, (0.02, 0.035, 0.06, 0.1, 0.17)
-#: Pairs of prices that are kept.
-PAIRS = 4
+#: Cells of a table of prices with the fewest states, and with more.
+CELLS, MORE_CELLS = 256, 1024
+#: Prices of a copy and of a receiver that are tried, as shares of a rank's room; so many are kept.
+SHARES, KEPT = (0.02, 0.035, 0.06, 0.1, 0.17), 3
 #: Steps of work (cells of tables, states tried) for one bound without a time limit.
-QUICK = 3_000_000
+QUICK = 700_000
 #: A bisection tries the point at SHARE of what is open, down to STEP of it, and further where a
 #: trial takes less than BRIEF seconds.
 SHARE, STEP, BRIEF = 0.4, 1 / 64, 0.02
+
 
 def stay_curve(problem: Problem, window: int, layer: int, slack: float) -> FloatArray:
     """Bound [experts + 1] on the makespan if 0, 1, 2, ... copies are received.
@@ -133,7 +134,7 @@ class FewMoves:
         for _, ranks in shared:
             of[ranks] += 1
         self.rows = np.insert((of + 1).cumsum(), 0, 0)
-        self.pairs: dict[int, IntArray] = {}
+        self.prices: dict[int, IntArray] = {}
         self.effort = 0
 
     def _room(self, seconds: float) -> IntArray:
@@ -141,33 +142,30 @@ class FewMoves:
         room = room * self.scale * (1 + 1e-12)
         return np.asarray(np.floor(np.minimum(room, GRID * 4)).astype(np.int64))
 
-    def _prices(self, moves: int, cap: IntArray, pairs: IntArray) -> tuple[IntArray, ...]:
-        """Tables of prices [pairs, rows, CELLS], the cells' bits, and each expert's least copies."""
+    def _tables(
+        self, moves: int, cap: IntArray, prices: IntArray, cells: int
+    ) -> tuple[IntArray, IntArray, IntArray]:
+        """What ranks still pay [prices, rows, cells], bits of a cell, experts' least copies."""
         fewest = np.maximum(-(-(self.load + 1) // (int(cap.max()) + 1)), 1)
         reach = cap - self.start + self.most[:, min(moves, self.single.shape[1])]
-        bits = np.frexp(np.maximum(reach, 0) // CELLS)[1].astype(np.int64)  # CELLS << bits > reach
-        tables = np.empty((len(pairs), int(self.rows[-1]), CELLS), dtype=np.int64)
-        for table, (copy, receiver) in zip(tables, pairs, strict=True):
-            table[:] = search.prices(
-                self.load, self.holders, self.hold, fewest, self.rows, bits, CELLS, self.start,
-                cap, self.gone, self.begin, self.most, self.singles, moves, min(MORE, moves),
-                int(copy), int(receiver),
-            )  # fmt: skip
+        bits = np.frexp(np.maximum(reach, 0) // cells)[1].astype(np.int64)  # cells << bits > reach
+        tables = search.prices(
+            self.load, self.holders, self.hold, fewest, self.rows, bits, cells, self.start, cap,
+            self.gone, self.begin, self.most, self.singles, moves, min(MORE, moves), prices,
+        )  # fmt: skip
         self.effort += tables.size
         return tables, bits, fewest
 
-    def _pairs(self, moves: int) -> IntArray:
-        """Prices of a copy and of a receiver [pairs, 2] that together bound best at fluid's T."""
-        if moves not in self.pairs:
+    def _chosen(self, moves: int, cells: int) -> IntArray:
+        """The prices that alone bound best at fluid's T."""
+        if moves not in self.prices:
             cap = self._room(self.fluid)
-            shares = (np.array(SHARES) * cap.mean()).astype(np.int64)
-            near = [(i, j) for i in range(len(shares)) for j in (i - 1, i) if j >= 0]
-            tried = np.array([(shares[i], shares[j]) for i, j in near])
-            tables, bits, _ = self._prices(moves, cap, tried)
-            least = np.array([_least(table, self.rows, bits, self.spread) for table in tables])
-            best = np.argsort(-(least - tried.sum(axis=1) * moves), kind="stable")
-            self.pairs[moves] = tried[best[:PAIRS]]
-        return self.pairs[moves]
+            tried = (np.array(SHARES) * cap.mean()).astype(np.int64)
+            tables, bits, _ = self._tables(moves, cap, tried, cells)
+            paid = [_paid(table, self.rows, bits, self.spread) for table in tables]
+            best = np.argsort(2 * moves * tried - np.array(paid), kind="stable")
+            self.prices[moves] = tried[best[:KEPT]]
+        return self.prices[moves]
 
     def refutes(self, moves: int, seconds: float, states: int = MOST_STATES) -> bool:
         """Whether no plan that receives at most `moves` copies ends within `seconds`.
@@ -179,13 +177,14 @@ class FewMoves:
         reach = cap - self.start + self.most[:, min(moves, self.single.shape[1])]
         if slack < 0 or (reach < 0).any():
             return True
-        pairs = self._pairs(moves)
-        tables, bits, fewest = self._prices(moves, cap, pairs)
+        cells = CELLS if states <= STATES else MORE_CELLS
+        prices = self._chosen(moves, cells)
+        tables, bits, fewest = self._tables(moves, cap, prices, cells)
         states = max(states, 4 * (moves + 1) ** 2)  # at least all that may be spent
         answer, effort = search.excludes(
             self.load, self.holders, self.hold, fewest, self.order, self.rows, bits, self.start,
             self.spread, cap, self.gone, self.begin, self.most, self.singles, moves,
-            min(MORE, moves), slack, tables, pairs[:, 0].copy(), pairs[:, 1].copy(), states,
+            min(MORE, moves), slack, tables, prices, states,
         )  # fmt: skip
         self.effort += effort
         return bool(answer)
@@ -227,7 +226,7 @@ class FewMoves:
         return low
 
 
-def _least(table: IntArray, rows: IntArray, bits: IntArray, spread: IntArray) -> int:
+def _paid(table: IntArray, rows: IntArray, bits: IntArray, spread: IntArray) -> int:
     """Sum of the ranks' prices before any expert is decided."""
     first = table[rows[:-1]]
     return sum(

@@ -18,11 +18,10 @@ SPAN = 8
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def departures(single, singles):  # type: ignore[no-untyped-def]
-    """Tokens that a rank sheds if its experts of one replica receive k copies: sorted, and where
-    those of k begin [ranks, LISTED + 2].
+    """Tokens that a rank sheds if its experts of one replica receive k copies.
 
-    An expert w that receives m copies may leave (w less) or stay (w / (m + 1) left); leaving with
-    more than one copy is no better for its rank.
+    Sorted, and where those of k begin [ranks, LISTED + 2]. An expert w that receives m copies may
+    leave (w less) or stay (w / (m + 1) left); leaving with more copies is no better for its rank.
     """
     ranks = singles.size
     begin = np.zeros((ranks, LISTED + 2), dtype=np.int64)
@@ -113,16 +112,16 @@ def _choices(low, high, cap, gone, begin, most, singles, moves, waste, spent):  
 @njit(cache=True, nogil=True, error_model="numpy")
 def prices(  # type: ignore[no-untyped-def]
     load, holders, hold, fewest, rows, bits, cells, start, cap, gone, begin, most, singles, moves,
-    more, lam, mu,
+    more, lam,
 ):  # fmt: skip
-    """Least price [rows, cells] that a rank still pays, whatever the others do.
+    """Least price [multipliers, rows, cells] that a rank still pays, whatever the others do.
 
     The price: tokens of room wasted, `lam` for each copy received (an expert's are shared by its
-    holders), `mu` if the rank receives. Row rows[g] + j: j of its shared experts are decided.
+    holders) and if the rank receives. Row rows[g] + j: j of its shared experts are decided.
     Cell i: it carries between start + (i << bits) and a cell more so far.
     """
-    ranks = cap.size
-    out = np.empty((rows[ranks], cells), dtype=np.int64)
+    ranks, sets = cap.size, lam.size
+    out = np.empty((sets, rows[ranks], cells), dtype=np.int64)
     waste = np.empty(LISTED + 3, dtype=np.int64)
     spent = np.empty(LISTED + 3, dtype=np.int64)
     at = rows[1:] - 1
@@ -133,34 +132,37 @@ def prices(  # type: ignore[no-untyped-def]
                 low, low + (1 << bits[g]), cap[g], gone, begin[g], most[g], singles[g], moves,
                 waste, spent,
             )  # fmt: skip
-            best = NEVER
-            for k in range(LISTED + 3):
-                if spent[k] <= moves:
-                    best = min(best, waste[k] + lam * spent[k] + (mu if k > LISTED + 1 else 0))
-            out[at[g], i] = best
+            for p in range(sets):
+                best = NEVER
+                for k in range(LISTED + 3):
+                    if spent[k] <= moves:
+                        units = spent[k] + (1 if k > LISTED + 1 else 0)
+                        best = min(best, waste[k] + lam[p] * units)
+                out[p, at[g], i] = best
     for e in range(load.size - 1, -1, -1):
         count = holders[e]
         for h in range(count):
             g = hold[e, h]
-            done = out[at[g]]
             at[g] -= 1
-            here = out[at[g]]
-            elsewhere = lam * max(0, fewest[e] - (count - 1)) // count
-            for i in range(cells):
-                here[i] = min(NEVER, done[i] + elsewhere)
-            for n in range(min(fewest[e], count + more), count + more + 1):
-                high = load[e] // n
-                low = load[e] // (count + moves) if n == count + more else high
-                first, last = low >> bits[g], (high + 1 >> bits[g]) + 1
-                pay = lam * max(0, n - count) // count
-                for i in range(cells - first):
+            for p in range(sets):
+                here, done = out[p, at[g]], out[p, at[g] + 1]
+                elsewhere = lam[p] * max(0, fewest[e] - (count - 1)) // count
+                for i in range(cells):
+                    here[i] = min(NEVER, done[i] + elsewhere)
+                for n in range(min(fewest[e], count + more), count + more + 1):
+                    high = load[e] // n
+                    low = load[e] // (count + moves) if n == count + more else high
+                    first, last = low >> bits[g], (high + 1 >> bits[g]) + 1
+                    pay = lam[p] * max(0, n - count) // count
                     if last - first > SPAN:
-                        best = pay
-                    else:
+                        for i in range(cells - first):
+                            here[i] = min(here[i], pay)
+                        continue
+                    for i in range(cells - first):
                         best = NEVER
                         for j in range(i + first, min(i + last, cells - 1) + 1):
-                            best = min(best, done[j] + pay)
-                    here[i] = min(here[i], best)
+                            best = min(best, done[j])
+                        here[i] = min(here[i], best + pay)
     return out
 
 
@@ -244,18 +246,18 @@ def widest(order, holders, hold, ranks):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True, error_model="numpy")
 def excludes(  # type: ignore[no-untyped-def]
     load, holders, hold, fewest, order, rows, bits, start, spread, cap, gone, begin, most, singles,
-    moves, more, slack, price, lam, mu, limit,
+    moves, more, slack, price, lam, limit,
 ):  # fmt: skip
     """Whether no choice keeps every rank within `cap` and wastes at most `slack`; and the effort.
 
     `order`: an expert to decide, or -1 - a rank all of whose experts are decided. `price`
-    [multipliers, rows, cells] with `lam`, `mu`: a state that together with them is above `slack`
-    is dropped. At most `limit` states.
+    [multipliers, rows, cells] with `lam`: a state that together with them is above `slack` is
+    dropped. At most `limit` states.
     """
     ranks, sets = cap.size, lam.size
     known = np.empty(sets, dtype=np.int64)  # prices of ranks not yet open, less the budget's
     for p in range(sets):
-        known[p] = -(lam[p] + mu[p]) * moves
+        known[p] = -2 * lam[p] * moves
         for g in range(ranks):
             known[p] += _price(price[p, rows[g]], bits[g], 0, spread[g])
         if known[p] > slack:
@@ -314,7 +316,7 @@ def excludes(  # type: ignore[no-untyped-def]
             if step < 0 and 3 <= gap < width:
                 low[gap], high[gap] = lows[s, width], highs[s, width]
             for p in range(sets):
-                part[p] = known[p] + low[0] + lam[p] * low[1] + mu[p] * low[2]
+                part[p] = known[p] + low[0] + lam[p] * (low[1] + low[2])
                 for i in range(3, width):
                     g = rank[i]
                     decided = False
@@ -366,9 +368,7 @@ def excludes(  # type: ignore[no-untyped-def]
                 x, y = start[g], start[g] + spread[g]
                 if gap >= 0:
                     x, y = start[g] + lows[s, gap], start[g] + highs[s, gap]
-                _choices(
-                    x, y, cap[g], gone, begin[g], most[g], singles[g], moves, waste, spent
-                )
+                _choices(x, y, cap[g], gone, begin[g], most[g], singles[g], moves, waste, spent)
                 dearest = NEVER
                 for k in range(LISTED + 3):
                     m, receives = spent[k], 1 if k > LISTED + 1 else 0
@@ -378,7 +378,7 @@ def excludes(  # type: ignore[no-untyped-def]
                         fits &= waste[k] < dearest
                         dearest = min(dearest, waste[k] if m <= moves else NEVER)
                     for p in range(sets):
-                        fits &= part[p] + waste[k] + lam[p] * m + mu[p] * receives <= slack
+                        fits &= part[p] + waste[k] + lam[p] * (m + receives) <= slack
                     if fits:
                         low[0] += waste[k]
                         low[1] += m

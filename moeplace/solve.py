@@ -35,7 +35,7 @@ SMALL = 300
 #: Nodes of the exhaustive search of a tiny layer, for each makespan; and of them in a second.
 NODES, PACE = 10_000_000, 20_000_000
 #: Seconds a layer from which the bound on few moves is searched deeper, and by when that ends.
-DEEP, PROOF_SHARE = 2.0, 0.7
+DEEP, PROOF_SHARE = 0.5, 0.5
 #: Seconds, or deterministic seconds, of each layer that an exact method has without limits.
 DEFAULT_SECONDS = 10.0
 
