@@ -36,8 +36,8 @@ from moeplace.problem import Problem, check_problem
 SLACK = 1e-12
 #: Sources of bounds that a constraint lifts: groups on nodes (a prefix), and few moves.
 NODES, STAY, FEW = "nodes: ", "moves", "few moves"
-#: `FewMoves` is tried for so many moves.
-MOST_MOVES = 8
+#: `FewMoves` is tried for so many moves, for so much of a time limit (of one core).
+MOST_MOVES, MOVES_SHARE = 8, 0.6
 #: Source of bounds by every way to share groups out over nodes.
 GROUPS = "groups on nodes"
 #: `planes` counts the replicas that so many experts of a layer need.
@@ -367,7 +367,8 @@ ARGUMENTS: dict[str, Callable[[Row, float], bool]] = {
 def lower_bound(problem: Problem, time_limit: float | None = None) -> Bound:
     """The best of all arguments for each window and layer, and in total.
 
-    Sharing groups out over nodes is left out where it may take most of the time limit (seconds).
+    Sharing groups out over nodes is left out where it may take most of the time limit (seconds),
+    and few moves are looked at for a part of it.
     """
     check_problem(problem)
     shape = (problem.windows, problem.layers)
@@ -394,7 +395,7 @@ def lower_bound(problem: Problem, time_limit: float | None = None) -> Bound:
     stay = _stay(problem)
     names = np.where(stay > per_layer, STAY, names)
     per_layer = np.maximum(per_layer, stay)
-    few = few_moves(problem, per_layer)
+    few = few_moves(problem, per_layer, within=time_limit)
     names = np.where(few > per_layer, FEW, names)
     per_layer = few
     alone, shared = problem.total(per_layer), _shared_moves(problem, per_layer)
@@ -768,18 +769,20 @@ def few_moves(
     per_layer: FloatArray,
     high: FloatArray | None = None,
     seconds: float | None = None,
+    within: float | None = None,
 ) -> FloatArray:
     """Bounds [windows, layers] lifted by `FewMoves`; `high` are makespans known to be possible.
 
     Without them, those of the current plan (which a broken rule may exclude: still a limit of
-    the search only). `seconds` for each layer and window; without, few steps.
+    the search only). `seconds` for each layer and window; without, few steps, and fewer or none
+    if they would take long `within` a time limit.
     """
     value = per_layer.copy()
     if problem.max_moves is None or problem.routing != "even":
         return value
     if high is None:
         high = evaluate(problem, problem.max_moves.current.with_split(None)).makespan
-    from moeplace.moves_bound import FewMoves  # compiled
+    from moeplace.moves_bound import FEWEST, PACE, QUICK, FewMoves  # compiled
 
     budget = _move_budget(problem)
     cases = [
@@ -788,9 +791,15 @@ def few_moves(
         if budget[layer] <= MOST_MOVES
     ]
 
+    steps = QUICK
+    if within is not None and cases:
+        steps = min(steps, int(MOVES_SHARE * within * PACE / len(cases)))
+    if seconds is None and steps < FEWEST:
+        return value
+
     def lift(case: tuple[int, int]) -> float:
         moves, low, top = int(budget[case[1]]), float(per_layer[case]), float(high[case])
-        return FewMoves(problem, *case).bound(moves, low, top, seconds)
+        return FewMoves(problem, *case).bound(moves, low, top, seconds, steps)
 
     with ThreadPoolExecutor(1 if seconds is not None else None) as pool:
         for case, bound in zip(cases, pool.map(lift, cases), strict=True):

@@ -28,8 +28,9 @@ STATES, MOST_STATES, GROWTH = 1_000, 512_000, 8
 CELLS, MORE_CELLS = 256, 1024
 #: Prices of a copy and of a receiver that are tried, as shares of a rank's room; so many are kept.
 SHARES, KEPT = (0.02, 0.035, 0.06, 0.1, 0.17), 3
-#: Steps of work (cells of tables, states tried) for one bound without a time limit.
-QUICK = 700_000
+#: Steps of work (cells of tables, states tried) for one bound without seconds of its own, those
+#: that it needs at least, and those in a second.
+QUICK, FEWEST, PACE = 700_000, 100_000, 28_000_000
 #: A bisection tries the point at SHARE of what is open, down to STEP of it, and further where a
 #: trial takes less than BRIEF seconds.
 SHARE, STEP, BRIEF = 0.4, 1 / 64, 0.02
@@ -198,10 +199,12 @@ class FewMoves:
             states *= GROWTH
         return False
 
-    def bound(self, moves: int, low: float, high: float, seconds: float | None = None) -> float:
+    def bound(
+        self, moves: int, low: float, high: float, seconds: float | None = None, steps: int = QUICK
+    ) -> float:
         """Largest makespan that `refutes` excludes, by bisection from `low` (returned if none).
 
-        The search goes up to `high`. Without `seconds`, few states and about QUICK steps; with
+        The search goes up to `high`. Without `seconds`, few states and about so many steps; with
         them, ever more states while they last.
         """
         end = np.inf if seconds is None else time.perf_counter() + seconds
@@ -211,7 +214,7 @@ class FewMoves:
             top, last = high, STEP * (high - low)
             while top - low > finest and (top - low > last or longest < BRIEF):
                 began = time.perf_counter()
-                if began + longest > end or (seconds is None and self.effort > QUICK):
+                if began + longest > end or (seconds is None and self.effort > steps):
                     return low
                 middle = low + SHARE * (top - low)
                 if self.refutes(moves, middle, states):

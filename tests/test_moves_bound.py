@@ -1,4 +1,4 @@
-"""The exhaustive bound on few moves, against every legal plan of tiny problems."""
+"""The bound on few moves, against every legal plan of tiny problems."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,9 @@ def _budget(one: Problem, current: mp.Plan, moves: int) -> Problem:
 def test_no_reachable_makespan_is_refuted(data: st.DataObject, one: Problem, moves: int) -> None:
     few = _budget(one, data.draw(legal_plans(one)), moves)
     best = optimum(few)
-    assert not FewMoves(few, 0, 0).refutes(moves, best * (1 + 1e-9))
+    case = FewMoves(few, 0, 0)
+    assert not case.refutes(moves, best * (1 + 1e-9))
+    assert not case.refutes(moves, best * (1 + 1e-9), states=1), "joined states forbid no plan"
     bound = lower_bound(few)
     assert bound.total <= best * (1 + 1e-9)
     recompute(few, bound)
@@ -66,6 +68,45 @@ def test_it_is_far_above_fluid_at_real_size() -> None:
         recompute(few, bound)
         result = mp.solve(few, work_limit=3_000_000)
         assert (result.evaluation.makespan >= bound.per_layer).all()  # type: ignore[union-attr]
+
+
+@pytest.fixture(scope="module")
+def drifted() -> Problem:
+    """One layer of 256 x 288 / 32, drifted, two moves."""
+    shape = (1, 256, 288, 32)
+    current = mp.solve(mp.instances.generate(shape, 100).aggregate(), work_limit=2_000_000).plan
+    return _budget(mp.instances.generate(shape, 100, epoch=1).aggregate(), current, 2)
+
+
+def test_more_states_and_more_time_exclude_more(drifted: Problem) -> None:
+    case = FewMoves(drifted, 0, 0)
+    fluid = float(drifted.fluid[0, 0])
+    high = mp.solve(drifted, work_limit=3_000_000).objective
+    quick = case.bound(2, fluid, high)
+    long = case.bound(2, fluid, high, seconds=5.0)
+    assert fluid * 1.02 < quick < long <= high * (1 + 1e-9)
+    assert case.follows(2, long)
+    joined = [case.refutes(2, quick, states) for states in (1, 1_000)]
+    assert joined == [False, True], "with too few states loads are too vague"
+
+
+def test_more_moves_exclude_less(drifted: Problem) -> None:
+    fluid = float(drifted.fluid[0, 0])
+    bounds = [FewMoves(drifted, 0, 0).bound(moves, fluid, 1.3 * fluid) for moves in range(9)]
+    assert bounds[0] > bounds[2] > bounds[4] > bounds[8] >= fluid
+
+
+@pytest.mark.parametrize("loads", [[90.0, 3, 2, 1, 1, 1, 1, 1], [1.0, 90, 80, 2, 1, 1, 1, 1]])
+def test_an_expert_too_hot_for_its_replicas_may_receive_many(loads: list[float]) -> None:
+    """It needs more copies than the search spells out; a plan with them must stay possible."""
+    one = problem(loads, [1] * 8, 2)
+    current = plan([0, 1, 0, 2, 3, 4, 5, 6, 7, -1, -1, -1, -1, -1, -1, -1], [2] * 8)
+    for moves in (4, 5, 6, 7):
+        few = _budget(one, current, moves)
+        found = mp.solve(few, method="cp-sat", gap=0, time_limit=20)
+        case = FewMoves(few, 0, 0)
+        assert not case.refutes(moves, found.objective * (1 + 1e-9))
+        assert not case.refutes(moves, found.objective * (1 + 1e-9), states=1)
 
 
 def test_a_claim_that_does_not_follow_is_refused() -> None:
