@@ -34,6 +34,8 @@ WARM_STEPS = 200_000
 SMALL = 300
 #: Nodes of the exhaustive search of a tiny layer, for each makespan; and of them in a second.
 NODES, PACE = 10_000_000, 20_000_000
+#: Deterministic seconds of CP-SAT for a tiny layer in several windows.
+ASKED = 1.0
 #: Seconds a layer from which the bound on few moves is searched deeper, and by when that ends.
 DEEP, PROOF_SHARE = 0.5, 0.5
 #: Seconds, or deterministic seconds, of each layer that an exact method has without limits.
@@ -151,7 +153,7 @@ def solve(
     )
     if method == "auto" and _small(problem):
         _rehearse_tiny()
-    if method in EXACT:
+    if method in EXACT or (method == "auto" and _small(problem) and problem.windows > 1):
         import ortools.sat.python.cp_model  # noqa: F401 - loaded before the clock starts
     began = time.perf_counter()
     bound = lower_bound(problem, time_limit)
@@ -225,8 +227,10 @@ def _auto(run: "Run", start: Plan | None) -> None:
         gap=run.limits.gap,
     )
     _searched(run, start, warm)
-    if small and run.best is not None and problem.windows == 1 and problem.routing == "even":
+    if small and run.best is not None and problem.windows == 1:
         _try_all(run)
+    elif small and run.best is not None and run.open.any():
+        _ask(run)
     if few and run.best is not None and run.best.legal:
         left = np.flatnonzero(run.open).tolist()
         for turn, layer in enumerate(left):
@@ -271,6 +275,25 @@ def _try_all(run: "Run") -> None:
             run.offer(Plan(slots=every, rank_slots=problem.cluster.slots, experts=problem.experts))
             if run.best is before:  # a rule that the search does not know
                 break
+
+
+def _ask(run: "Run") -> None:
+    """Tiny layers in several windows, which one placement serves: CP-SAT, for part of the time."""
+    from moeplace.exact.model import refuse_table
+    from moeplace.exact.run import STEPS, Exact
+
+    with suppress(ProblemError):
+        refuse_table(run.problem)
+        left = ASKED * run.problem.layers
+        if run.limits.work is not None:
+            left = min(left, max(run.limits.work - run.work, 0) / STEPS / 2)
+        if left < 0.01 * ASKED:  # too little to build a model for
+            return
+        work = left if run.limits.time is None else None
+        exact = Exact(run, "cp-sat", work=work, share=0.6)
+        exact.solve()
+        if exact.interrupted:
+            raise KeyboardInterrupt
 
 
 @cache

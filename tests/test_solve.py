@@ -563,3 +563,11 @@ class TestCorners:
                 objective=objective,
             )
             assert_sound(solve(one, work_limit=10_000), optimum(one))
+
+
+@given(tiny_problems(max_windows=3, routing="even", max_layers=1))
+@settings(max_examples=20)
+def test_a_tiny_layer_in_several_windows_is_proven(one: Problem) -> None:
+    result = solve(one, gap=0, work_limit=400_000_000)
+    assert result.objective == pytest.approx(optimum(one), rel=1e-6)
+    assert result.gap < 1e-6
