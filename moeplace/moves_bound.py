@@ -212,7 +212,7 @@ class FewMoves:
         self.effort = 0
         while states <= MOST_STATES and high - low > finest:
             top, last = high, STEP * (high - low)
-            while top - low > finest and (top - low > last or longest < BRIEF):
+            while top - low > finest and (seconds is None or top - low > last or longest < BRIEF):
                 began = time.perf_counter()
                 if began + longest > end or (seconds is None and self.effort > steps):
                     return low
