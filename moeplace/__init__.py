@@ -8,7 +8,8 @@ __version__ = "0.1.0"
 from moeplace import instances
 from moeplace.affinity import coactivation, gather
 from moeplace.batches import Batches, over_batches
-from moeplace.bounds import Bound, lower_bound, recompute
+from moeplace.bounds import lower_bound, recompute
+from moeplace.claims import Bound
 from moeplace.compare import compare
 from moeplace.constraints import (
     Forbid,

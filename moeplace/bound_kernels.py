@@ -1,6 +1,6 @@
-"""Compiled search for the largest makespan that an argument of `bounds` refutes.
+"""Compiled search for the largest makespan that an argument of `arguments` refutes.
 
-Each branch of `_refutes` is the compiled twin of the function of that name in `bounds`, which
+Each branch of `_refutes` is the compiled twin of the function of that name in `arguments`, which
 holds conditions and proof; a test holds the two together.
 """
 
@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 
 from moeplace._check import FloatArray, IntArray
-from moeplace.bounds import PACKED, PACKING_SPARE, SLACK
+from moeplace.arguments import PACKED, PACKING_SPARE, SLACK
 from moeplace.latency import Knots
 
 BASE, FLUID, SLOT_CAP, EVEN_COPIES, HOT_EXPERT, JOINT_COPIES = range(6)
@@ -38,7 +38,7 @@ def _reach(knots, g, seconds):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _hot_experts(rooms, loads, prefix, caps, fewest, spare):  # type: ignore[no-untyped-def]
-    """`bounds.hot_experts`; `rooms` of the ranks with slots, in rank order."""
+    """`arguments.hot_experts`; `rooms` of the ranks with slots, in rank order."""
     experts = loads.size
     count = rooms.size
     room = _descending(rooms)
@@ -91,7 +91,7 @@ def _hot_experts(rooms, loads, prefix, caps, fewest, spare):  # type: ignore[no-
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _hot_packing(total, loads, prefix, fewest, spare):  # type: ignore[no-untyped-def]
-    """`bounds.hot_packing`."""
+    """`arguments.hot_packing`."""
     experts = loads.size
     hot = min(PACKED, experts)
     whole = prefix[experts]
@@ -313,7 +313,7 @@ def search(
     Returns
     -------
     value : array [rows], lowered by a relative 1e-12
-    source : array [rows], position of the argument in `bounds.ARGUMENTS`
+    source : array [rows], position of the argument in `arguments.ARGUMENTS`
     """
     used = np.sort(caps[caps > 0])
     fewest = np.concatenate([[0], used.cumsum()])

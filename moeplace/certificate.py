@@ -26,7 +26,9 @@ import numpy as np
 from moeplace import __version__
 from moeplace._check import FloatArray
 from moeplace._files import PathLike, check_full, nested, plain, read_json, write_json
-from moeplace.bounds import ARGUMENTS, NODES, Bound, Claim, Row, nodes_as_ranks, recompute, row_of
+from moeplace.arguments import ARGUMENTS, Row, row_of
+from moeplace.bounds import NODES, nodes_as_ranks, recompute
+from moeplace.claims import Bound, Claim
 from moeplace.errors import CertificateError, PlanError, ProblemError
 from moeplace.evaluate import Evaluation, evaluate
 from moeplace.instances import InstanceFile, as_file, from_file
@@ -301,7 +303,7 @@ def _same(path: PathLike, place: str, stored: float, exact: Fraction, what: str)
 
 
 def _again(problem: Problem, bound: Bound) -> None:
-    """Ask the arguments of `bounds.ARGUMENTS` again in rational numbers."""
+    """Ask the arguments of `arguments.ARGUMENTS` again in rational numbers."""
     coarse = nodes_as_ranks(problem)
     for window, layer in np.ndindex(bound.per_layer.shape):
         name = str(bound.source[window, layer])

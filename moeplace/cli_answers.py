@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moeplace.bounds import Bound
+from moeplace.claims import Bound
 from moeplace.cli_options import (
     INFEASIBLE,
     INTERRUPTED,

@@ -3,7 +3,8 @@
 import numpy as np
 
 from moeplace._check import FloatArray
-from moeplace.bounds import NODES, PLANES, STAY, Bound, longest
+from moeplace.bounds import NODES, PLANES, STAY, longest
+from moeplace.claims import Bound
 from moeplace.constraints import CAPACITY_SLACK, Forbid, Pin
 from moeplace.problem import Problem
 

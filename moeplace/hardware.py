@@ -325,7 +325,7 @@ class Cluster:
     def fluid_seconds(self, tokens: FloatArray, base: FloatArray) -> FloatArray:
         """Makespan if tokens could be poured freely over the ranks on top of their base load.
 
-        Whatever ranks activate: that adds to it under `Planes` (see `bounds.planes`).
+        Whatever ranks activate: that adds to it under `Planes` (see `planes_bound.planes`).
 
         Parameters
         ----------

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeplace._check import FloatArray
-from moeplace.bounds import Bound, layer_floor
+from moeplace.claims import Bound, layer_floor
 from moeplace.errors import MoeplaceError, ProblemError, SolverError
 from moeplace.evaluate import Evaluation
 from moeplace.plan import Plan

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moeplace._check import FloatArray, IntArray
-from moeplace.bounds import Bound, layer_floor
+from moeplace.claims import Bound, layer_floor
 from moeplace.constraints import MaxMoves
 from moeplace.errors import PolicyNotApplicable, ProblemError
 from moeplace.evaluate import Evaluation, evaluate

@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeplace import bound_kernels
-from moeplace.bounds import ARGUMENTS, Bound, lower_bound, mean_bound, recompute, row_of
+from moeplace.arguments import ARGUMENTS, row_of
+from moeplace.bounds import lower_bound, mean_bound, recompute
+from moeplace.claims import Bound
 from moeplace.constraints import MaxMoves, NodeGroups
 from moeplace.errors import CertificateError
 from moeplace.evaluate import evaluate

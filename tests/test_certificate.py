@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 import moeplace as mp
-from moeplace.bounds import Claim, with_claims
 from moeplace.certificate import _exact, check, write_certificate
+from moeplace.claims import Claim, with_claims
 from moeplace.constraints import MaxMoves
 from moeplace.problem import Problem
 from tests.strategies import legal_plans, problem, tiny_problems

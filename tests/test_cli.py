@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from moeplace import cli, cli_price, cli_solve
-from moeplace.bounds import Bound
+from moeplace.claims import Bound
 from moeplace.errors import CertificateError, SolverError
 from moeplace.evaluate import evaluate
 from moeplace.formats import read_plan, write_plan

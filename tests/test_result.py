@@ -4,7 +4,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moeplace.bounds import Bound, lower_bound
+from moeplace.bounds import lower_bound
+from moeplace.claims import Bound
 from moeplace.errors import MoeplaceError, ProblemError, SolverError
 from moeplace.evaluate import evaluate
 from moeplace.result import Limits, Result, Status, finish, gap

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from moeplace._check import FloatArray
-from moeplace.bounds import Claim, layer_floor, with_claims
+from moeplace.claims import Claim, layer_floor, with_claims
 from moeplace.errors import SolverError
 from moeplace.evaluate import Evaluation
 from moeplace.exact.model import Model, build, cutoffs
@@ -216,7 +216,7 @@ class Exact:
         """Large coupled problems: window weights and prices for rules over all layers.
 
         Weights follow the steps of the plans found, prices what they use of the rules: a
-        subgradient method, whose every step gives a bound (see `bounds.Claim`).
+        subgradient method, whose every step gives a bound (see `claims.Claim`).
         """
         run, problem = self.run, self.problem
         rules, budget = problem.max_moves, problem.replica_budget

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from moeplace._check import FloatArray, IntArray
-from moeplace.bounds import layer_floor
+from moeplace.claims import layer_floor
 from moeplace.dispatch import FIXED
 from moeplace.evaluate import evaluate
 from moeplace.search.construct import adopt

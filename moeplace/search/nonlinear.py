@@ -18,7 +18,8 @@ from dataclasses import replace
 import numpy as np
 
 from moeplace._check import FloatArray, IntArray
-from moeplace.bounds import layer_floor, lower_bound
+from moeplace.bounds import lower_bound
+from moeplace.claims import layer_floor
 from moeplace.constraints import MaxOffNode
 from moeplace.plan import Plan
 from moeplace.problem import Problem

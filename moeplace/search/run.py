@@ -8,7 +8,8 @@ from functools import cached_property
 import numpy as np
 
 from moeplace._check import BoolArray, FloatArray, IntArray
-from moeplace.bounds import Bound, layer_floor, mean_bound
+from moeplace.bounds import mean_bound
+from moeplace.claims import Bound, layer_floor
 from moeplace.constraints import (
     CAPACITY_SLACK,
 )

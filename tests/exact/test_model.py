@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from moeplace._check import FloatArray
 from moeplace.bounds import lower_bound
 from moeplace.evaluate import evaluate
-from moeplace.exact import model as formulation
+from moeplace.exact import layer as formulation
 from moeplace.exact.cpsat import to_integers
 from moeplace.exact.model import Model, build, cutoffs
 from moeplace.exact.solvers import SOLVERS, Request
