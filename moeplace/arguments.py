@@ -15,6 +15,7 @@ Comparisons leave a relative slack of 1e-12, so that rounding never makes a boun
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -58,8 +59,12 @@ class Row:
 
     def smallest(self, count: IntArray, skip: int) -> FloatArray:
         """Sum of the `count` smallest loads, the `skip` largest left out."""
-        others = np.sort(self.loads[skip:])
-        return np.concatenate([[0.0], others.cumsum()])[np.clip(count, 0, others.size)]
+        return self.lightest[np.clip(count, 0, self.loads.size - skip)]
+
+    @cached_property
+    def lightest(self) -> FloatArray:
+        """Sums of the n smallest loads [experts + 1]."""
+        return np.concatenate([self.loads[:1] * 0, self.loads[::-1].cumsum()])
 
 
 def base_load(row: Row, seconds: float) -> bool:
@@ -161,27 +166,58 @@ def hot_experts(row: Row, seconds: float) -> bool:
     return False
 
 
-#: `hot_packing` packs at most so many experts, and only with so few spare slots.
-PACKED, PACKING_SPARE = 10, 16
+#: All tokens of a layer in whole numbers, where rational ones are packed.
+PACKING_GRID = 1 << 50
 
 
 def hot_packing(row: Row, seconds: float) -> bool:
-    """Few spare slots: packing the j hottest experts needs more of them than there are.
+    """Few spare slots: the hottest experts cannot be packed with them.
 
     Any routing. Proof: take the connected parts of `hot_experts`: ranks that hold a copy of the
-    j, joined by every expert with a copy there, so that no expert and no spare slot is in two. A
-    part with a of the j on b ranks that spends b - 1 + f spare slots has at least k_b slots, k_b
-    the sum of the b smallest K, and all but a + b - 1 + f of them hold whole others, with at
-    least the smallest loads. Load and neighbours must fit R_b. So a part costs at least the least
-    b - 1 + f for which they do, the parts are a partition of the j, and the cheapest partition
-    (over all subsets) must not cost more than s. Relaxed: parts may use the same ranks and
-    neighbours.
+    hottest, joined by every expert with a copy there, so that no expert, rank or spare slot is in
+    two. A part with a of the hottest on b ranks spends b - 1 + f spare slots, and all but
+    a + b - 1 + f of its slots hold whole others (f slots are freed of them). Any collection of
+    parts with n ranks in all has at least k_n slots, k_n the sum of the n smallest K; the whole
+    others in them are distinct, so they weigh at least as much as so many of the smallest loads;
+    with the hottest in it they must fit R_n. Of k parts that are one expert on one rank each, one
+    lies on a rank with room for at most r_(k). By itself a part must be rid of some neighbours to
+    fit; what parts outside a collection must be rid of, it cannot. All parts together spend at
+    most s. If every way to part the hottest, and to give ranks to the parts, breaks one of these,
+    there is no plan. Relaxed: which collections are looked at, and each may use the same ranks.
+    Where that search is too long, `_by_subsets` is asked.
     """
-    if row.spare >= row.room(seconds).size or row.spare > PACKING_SPARE:
+    if row.spare >= row.room(seconds).size:
         return False
+    from moeplace.packing import PACKED, PACKING_SPARE, TRIALS, search  # compiled
+
+    if row.spare > PACKING_SPARE:
+        return False
+    fewest = np.insert(np.sort(row.caps[row.caps > 0]).cumsum(), 0, 0)
+    ranks, part = np.zeros((2, min(PACKED, row.loads.size)), dtype=np.int64)
+    room, loads = row.room(seconds), row.loads
+    if loads.dtype == object:  # rational: as whole numbers, loads rounded down and room up
+        total = loads.sum()
+        scale = PACKING_GRID / total if total > 0 else 0
+        loads = np.array([int(load * scale) for load in loads])
+        room = np.array([int(min(most, total) * scale) + 1 for most in room])
+    answer = search(room, fewest, loads, row.spare, TRIALS, ranks, part)
+    return answer == 1 or (answer < 0 and _by_subsets(row, seconds))
+
+
+#: `_by_subsets` packs at most so many experts.
+SUBSETS = 10
+
+
+def _by_subsets(row: Row, seconds: float) -> bool:
+    """A coarser `hot_packing`, which takes the same time however many spare slots there are.
+
+    Proof: a part costs at least the least b - 1 + f for which load and neighbours fit R_b. The
+    parts are a partition of the hottest, and the cheapest partition (over all subsets) must not
+    cost more than s. Relaxed: parts may use the same ranks and neighbours.
+    """
     total = row.room(seconds).cumsum()
     fewest = np.sort(row.caps[row.caps > 0]).cumsum()
-    hot = min(PACKED, row.loads.size)
+    hot = min(SUBSETS, row.loads.size)
     cost = np.full(1 << hot, row.spare + 1)
     for part in range(1, 1 << hot):
         members = [e for e in range(hot) if part >> e & 1]
@@ -276,9 +312,9 @@ ARGUMENTS: dict[str, Callable[[Row, float], bool]] = {
     "hot expert": hot_expert,
     "joint copies": joint_copies,
     "hot experts": hot_experts,
-    "hot packing": hot_packing,
     "no replicas": no_replicas,
     "whole tokens": whole_tokens,
+    "hot packing": hot_packing,
 }
 
 

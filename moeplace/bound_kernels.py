@@ -8,11 +8,13 @@ import numpy as np
 from numba import njit
 
 from moeplace._check import FloatArray, IntArray
-from moeplace.arguments import PACKED, PACKING_SPARE, SLACK
+from moeplace.arguments import SLACK, SUBSETS
 from moeplace.latency import Knots
+from moeplace.packing import PACKED, PACKING_SPARE, TRIALS
+from moeplace.packing import search as pack
 
 BASE, FLUID, SLOT_CAP, EVEN_COPIES, HOT_EXPERT, JOINT_COPIES = range(6)
-HOT_EXPERTS, HOT_PACKING, NO_REPLICAS, WHOLE_TOKENS = range(6, 10)
+HOT_EXPERTS, NO_REPLICAS, WHOLE_TOKENS, HOT_PACKING = range(6, 10)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -90,10 +92,10 @@ def _hot_experts(rooms, loads, prefix, caps, fewest, spare):  # type: ignore[no-
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _hot_packing(total, loads, prefix, fewest, spare):  # type: ignore[no-untyped-def]
+def _by_subsets(total, loads, prefix, fewest, spare):  # type: ignore[no-untyped-def]
     """`arguments.hot_packing`."""
     experts = loads.size
-    hot = min(PACKED, experts)
+    hot = min(SUBSETS, experts)
     whole = prefix[experts]
     parts = 1 << hot
     cost = np.empty(parts, dtype=np.int64)
@@ -165,7 +167,13 @@ def _refutes(  # type: ignore[no-untyped-def]
     if kind == HOT_PACKING:
         if spare >= count or spare > PACKING_SPARE:
             return False
-        return _hot_packing(np.cumsum(_descending(room)), loads, prefix, fewest, spare)
+        ranks = np.zeros(min(PACKED, experts), dtype=np.int64)
+        part = np.zeros_like(ranks)
+        room = _descending(room)
+        answer = pack(room, fewest, loads, spare, TRIALS, ranks, part)
+        if answer >= 0:
+            return answer == 1
+        return _by_subsets(np.cumsum(room), loads, prefix, fewest, spare)
     room = _descending(room)
     if kind in (EVEN_COPIES, JOINT_COPIES):
         # reach[n]: the most load that n + 1 copies can carry
@@ -254,10 +262,12 @@ def _search(  # type: ignore[no-untyped-def]
         for g in range(caps.size):
             if base_seconds[row, g] >= best:
                 name = BASE
-        for kind in range(SLOT_CAP, WHOLE_TOKENS + 1):
+        for kind in range(SLOT_CAP, HOT_PACKING + 1):
             if prefix[experts] <= 0.0 or (kind == EVEN_COPIES and not even):
                 continue
-            if kind >= (HOT_EXPERTS if spare >= fewest.size - 1 else NO_REPLICAS) and spare != 0:
+            if kind in (HOT_EXPERTS, HOT_PACKING) and spare >= fewest.size - 1:
+                continue
+            if kind in (NO_REPLICAS, WHOLE_TOKENS) and spare != 0:
                 continue
             if kind == WHOLE_TOKENS and units[row] == 0.0:
                 continue

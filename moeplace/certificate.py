@@ -7,9 +7,9 @@ again with rational loads, speeds and makespans, and the totals are summed again
 solver claims is told apart.
 
 Sums are exact. An argument compares them with a margin of 1e-12, wider than the one rounding of
-that comparison, so that what holds here holds. "few moves" and "exhaustive" search again, in whole
-numbers; "moves" and "planes" add floating-point numbers with a margin wider than their rounding,
-and so does whatever contains an exponential.
+that comparison, so that what holds here holds. "hot packing", "few moves" and "exhaustive" search
+again, in whole numbers; "moves" and "planes" add floating-point numbers with a margin wider than
+their rounding, and so does whatever contains an exponential.
 """
 
 import hashlib

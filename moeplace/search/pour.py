@@ -61,30 +61,30 @@ def join_ranks(run: Run) -> None:
     assert run.kept is not None
     weight = problem.window_weight
     slots = run.kept.plan.slots.copy()
-    over = run.over(run.kept) > 0
-    for layer in np.flatnonzero(run.open).tolist():
-        best = np.inf if over[layer] else (run.kept.makespan[:, layer] * weight).sum()
-        low, high, width = 0.0, np.inf, 0.0  # above the bound: failed, reached, the next try
-        for _ in range(12):
-            if run.late() or high - low < run.limits.gap:
+    best = np.where(run.over(run.kept) > 0, np.inf, problem.mean(run.kept.makespan))
+    # above the bounds [layers]: failed, reached, the next try
+    low, high, width = np.zeros((3, problem.layers))
+    high += np.inf
+    for _ in range(12):
+        for layer in np.flatnonzero(run.open & (high - low >= run.limits.gap)).tolist():
+            if run.late():
                 break
-            goal = run.targets[layer] * (1 + width)
-            found = grouped(problem, layer, goal, run.seed, steps)
-            run.work += steps
+            goal = run.targets[layer] * (1 + width[layer])
             reached = np.inf
+            found = grouped(problem, layer, goal, run.seed, steps)
             if found is not None:
+                run.work += steps
                 tried = to_slots(found[0][None], problem.cluster.slots)[0]
                 if within_limits(run, tried[None])[0]:
-                    reached = (layer_makespan(problem, layer, tried) * weight).sum()
-            if reached < best:
-                best, slots[layer] = reached, tried
+                    reached = float((layer_makespan(problem, layer, tried) * weight).sum())
+            if reached < best[layer]:
+                best[layer], slots[layer] = reached, tried
             if reached <= goal * (1 + run.limits.gap):
-                high = width
+                high[layer] = width[layer]
             else:
-                low = width
-            if high == 0.0:
-                break
-            width = max(3 * low, 1e-3) if high == np.inf else (low + high) / 2
+                low[layer] = width[layer]
+            ahead = max(3 * low[layer], 1e-3)
+            width[layer] = ahead if high[layer] == np.inf else (low[layer] + high[layer]) / 2
     run.offer(Plan(slots=slots, rank_slots=problem.cluster.slots, experts=problem.experts))
 
 

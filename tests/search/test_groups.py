@@ -41,7 +41,7 @@ def all_spent(one: Problem, seconds: float) -> bool:
     cluster, (tokens, base) = one.cluster, one.mean_load
     cap = np.minimum(cluster.slots, one.experts)
     room = np.maximum(seconds * cluster.speeds - base[0], 0.0)
-    found = _join(seconds, tokens[0], room, cluster.speeds, cap)
+    found = _join(tokens[0], room, cap)
     if found is None or len(found[0]) == 1:
         return True
     held = sum(min(int(cap[group].sum()) - len(group) + 1, one.experts) for group in found[0])
@@ -134,16 +134,18 @@ def test_each_rank_is_in_one_group_and_joining_costs_what_is_spare(
     one, spare = case
     load, speed, cap = one.tokens[0, 0], one.cluster.speeds, one.cluster.slots
     seconds = float(one.fluid[0, 0]) * factor
-    found = _join(seconds, load, seconds * speed, speed, cap)
+    found = _join(load, seconds * speed, cap)
     if found is None:
         return
     groups, hot = found
     assert sorted(g for group in groups for g in group) == list(range(one.ranks))
-    assert len(hot) == len(set(hot)) <= len(groups)
+    assert len(hot) <= len(groups)
+    packed = [int(e) for mine in hot for e in mine]
+    assert len(packed) == len(set(packed))
     assert one.ranks - len(groups) <= spare, "more ranks are joined than slots are spare"
-    for group, e in zip(groups, hot, strict=False):
-        assert load[e] <= seconds * speed[group].sum() * (1 + 1e-12), "its ranks hold it"
-    for e in set(range(one.experts)) - set(hot):
+    for group, mine in zip(groups, hot, strict=False):
+        assert load[mine].sum() <= seconds * speed[group].sum() * (1 + 1e-12), "its ranks hold it"
+    for e in set(range(one.experts)) - set(packed):
         assert load[e] <= seconds * speed.max(), "what is left fits a rank"
 
 
