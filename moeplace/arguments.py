@@ -184,7 +184,7 @@ def hot_packing(row: Row, seconds: float) -> bool:
     fit; what parts outside a collection must be rid of, it cannot. All parts together spend at
     most s. If every way to part the hottest, and to give ranks to the parts, breaks one of these,
     there is no plan. Relaxed: which collections are looked at, and each may use the same ranks.
-    Where that search is too long, `_by_subsets` is asked.
+    Where that search is too long, `by_subsets` is asked.
     """
     if row.spare >= row.room(seconds).size:
         return False
@@ -201,14 +201,14 @@ def hot_packing(row: Row, seconds: float) -> bool:
         loads = np.array([int(load * scale) for load in loads])
         room = np.array([int(min(most, total) * scale) + 1 for most in room])
     answer = search(room, fewest, loads, row.spare, TRIALS, ranks, part)
-    return answer == 1 or (answer < 0 and _by_subsets(row, seconds))
+    return answer == 1 or (answer < 0 and by_subsets(row, seconds))
 
 
-#: `_by_subsets` packs at most so many experts.
+#: `by_subsets` packs at most so many experts.
 SUBSETS = 10
 
 
-def _by_subsets(row: Row, seconds: float) -> bool:
+def by_subsets(row: Row, seconds: float) -> bool:
     """A coarser `hot_packing`, which takes the same time however many spare slots there are.
 
     Proof: a part costs at least the least b - 1 + f for which load and neighbours fit R_b. The

@@ -97,7 +97,7 @@ def few_spares(instances: Path) -> Iterator[Row]:
         for spares in (16, 8, 4, 2, 0):
             gaps, worst = [], []
             for seed in REPORT_SEEDS[:3]:
-                problem = _spared(shape, seed, spares)
+                problem = spared(shape, seed, spares)
                 result = solve(problem, time_limit=1.0, gap=1e-5)
                 gaps.append(result.gap)
                 worst.append(float(result.layers.gap.max()))
@@ -108,7 +108,8 @@ def few_spares(instances: Path) -> Iterator[Row]:
             }  # fmt: skip
 
 
-def _spared(shape: str, seed: int, spares: int) -> Problem:
+def spared(shape: str, seed: int, spares: int) -> Problem:
+    """A shape under weighted routing, with so many spare slots."""
     problem = generate(shape, seed).aggregate()
     each, more = divmod(problem.experts + spares, problem.ranks)
     slots = each + (np.arange(problem.ranks) < more)

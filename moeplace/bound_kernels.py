@@ -92,7 +92,7 @@ def _hot_experts(rooms, loads, prefix, caps, fewest, spare):  # type: ignore[no-
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _by_subsets(total, loads, prefix, fewest, spare):  # type: ignore[no-untyped-def]
+def by_subsets(total, loads, prefix, fewest, spare):  # type: ignore[no-untyped-def]
     """`arguments.hot_packing`."""
     experts = loads.size
     hot = min(SUBSETS, experts)
@@ -173,7 +173,7 @@ def _refutes(  # type: ignore[no-untyped-def]
         answer = pack(room, fewest, loads, spare, TRIALS, ranks, part)
         if answer >= 0:
             return answer == 1
-        return _by_subsets(np.cumsum(room), loads, prefix, fewest, spare)
+        return by_subsets(np.cumsum(room), loads, prefix, fewest, spare)
     room = _descending(room)
     if kind in (EVEN_COPIES, JOINT_COPIES):
         # reach[n]: the most load that n + 1 copies can carry

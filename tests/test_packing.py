@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeplace.arguments import _by_subsets, hot_packing, row_of
-from moeplace.bench_search import _spared
+from moeplace.arguments import by_subsets, hot_packing, row_of
+from moeplace.bench_search import spared
 from moeplace.bounds import lower_bound, recompute
 from moeplace.certificate import _rational
 from moeplace.packing import TRIALS, search
@@ -97,7 +97,7 @@ def test_hot_ranks_cannot_have_the_same_light_neighbours() -> None:
     together = (9 + 9 + 1 + 1 + 3 + 3) / 2.2
     row = row_of(one, 0, 0)
     assert hot_packing(row, together * (1 - 1e-9))
-    assert not _by_subsets(row, alone * (1 + 1e-9))
+    assert not by_subsets(row, alone * (1 + 1e-9))
     assert lower_bound(one).total == pytest.approx(together, rel=1e-9)
     assert optimum(one) == pytest.approx(together, rel=1e-9)
 
@@ -105,7 +105,7 @@ def test_hot_ranks_cannot_have_the_same_light_neighbours() -> None:
 @pytest.mark.parametrize("spare", [2, 4])
 def test_at_real_size_bound_and_plan_nearly_meet(spare: int) -> None:
     """Before, layers were up to 4 % apart."""
-    one = _spared("A", 102, spare)
+    one = spared("A", 102, spare)
     found = solve(one, work_limit=20_000_000, gap=1e-5)
     assert found.gap < 1e-3
     assert np.median(found.layers.gap) < 2e-4
