@@ -19,17 +19,22 @@ THOROUGH = 2_000_000_000
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _excludes(load, same, room, free, allowed, pinned, most, alike, masks, at, limit):  # type: ignore[no-untyped-def]
+def _excludes(  # type: ignore[no-untyped-def]
+    load, same, room, full, pace, least, price, free, allowed, pinned, most, alike, masks, at, limit
+):
     """1 if no placement keeps every rank within its `room`, 0 if one does, -1 if undecided.
 
-    `masks` are (ranks as bits, their number), `at` the mask of each expert; the rest [experts],
-    [ranks]. Equal experts take masks in order.
+    `load` [windows, experts], `room` [windows, ranks]. Nor may the sum over windows of the slowest
+    rank's (full - room) x pace, or `least`, be above `price`. `masks` are (ranks as bits, their
+    number), `at` the mask of each expert; the rest [experts], [ranks]. Equal experts take masks
+    in order.
     """
-    ranks = room.size
-    experts = load.size
-    rest = np.zeros(experts + 1, dtype=np.int64)
-    for e in range(experts - 1, -1, -1):
-        rest[e] = rest[e + 1] + load[e]
+    windows, ranks = room.shape
+    experts = load.shape[1]
+    rest = np.zeros((windows, experts + 1), dtype=np.int64)
+    for w in range(windows):
+        for e in range(experts - 1, -1, -1):
+            rest[w, e] = rest[w, e + 1] + load[w, e]
     at[:] = -1
     placed = np.zeros(experts, dtype=np.bool_)
     order = np.empty(ranks, dtype=np.int64)
@@ -37,10 +42,10 @@ def _excludes(load, same, room, free, allowed, pinned, most, alike, masks, at, l
     nodes = 0
     while depth >= 0:
         if placed[depth]:
-            share = load[depth] // masks[at[depth], 1]
             for g in range(ranks):
                 if masks[at[depth], 0] >> g & 1:
-                    room[g] += share
+                    for w in range(windows):
+                        room[w, g] += load[w, depth] // masks[at[depth], 1]
                     free[g] += 1
             placed[depth] = False
         elif at[depth] < 0 and same[depth]:
@@ -53,86 +58,115 @@ def _excludes(load, same, room, free, allowed, pinned, most, alike, masks, at, l
         nodes += 1
         if nodes > limit:
             return -1
-        mask = masks[at[depth], 0]
-        share = load[depth] // masks[at[depth], 1]
+        mask, copies = masks[at[depth], 0], masks[at[depth], 1]
         fits = mask & ~allowed[depth] == 0 and pinned[depth] & ~mask == 0
-        fits = fits and masks[at[depth], 1] <= most[depth]
+        fits = fits and copies <= most[depth]
         for g in range(ranks):
             if fits and mask >> g & 1:
-                fits = free[g] > 0 and room[g] >= share
+                fits = free[g] > 0
+                for w in range(windows):
+                    fits = fits and room[w, g] >= load[w, depth] // copies
                 for h in range(g):  # of ranks that are alike so far, the first are taken
-                    if alike[h] == alike[g] and room[h] == room[g] and free[h] == free[g]:
-                        fits = fits and mask >> h & 1 == 1
+                    if alike[h] == alike[g] and free[h] == free[g]:
+                        equal = True
+                        for w in range(windows):
+                            equal = equal and room[w, h] == room[w, g]
+                        fits = fits and (not equal or mask >> h & 1 == 1)
         if not fits:
             continue
         placed[depth] = True
-        total = 0
         slots = 0
-        n = 0
         for g in range(ranks):
             if mask >> g & 1:
-                room[g] -= share
+                for w in range(windows):
+                    room[w, g] -= load[w, depth] // copies
                 free[g] -= 1
-            if free[g] > 0:
-                total += room[g]
-                slots += free[g]
-                i = n
-                while i > 0 and room[order[i - 1]] < room[g]:
-                    order[i] = order[i - 1]
-                    i -= 1
-                order[i] = g
-                n += 1
+            slots += free[g]
+        dear = 0.0
+        for w in range(windows):
+            slowest = least[w]
+            for g in range(ranks):
+                slowest = max(slowest, (full[w, g] - room[w, g]) * pace[w, g])
+            dear += slowest
+        if dear > price:
+            continue
         if depth == experts - 1:
             return 0
-        if total + n < rest[depth + 1]:  # each room may have lost a part to rounding
-            continue
-        needed = 0
-        for e in range(depth + 1, experts):
-            c = 1  # the fewest copies: c of them are no larger than the c-th roomiest rank allows
-            while c <= n and room[order[c - 1]] < load[e] // c:
-                c += 1
-            needed += c if c <= n else slots + 1
-            if needed > slots:
+        for w in range(windows):
+            total = 0
+            n = 0
+            for g in range(ranks):
+                if free[g] > 0:
+                    total += room[w, g]
+                    i = n
+                    while i > 0 and room[w, order[i - 1]] < room[w, g]:
+                        order[i] = order[i - 1]
+                        i -= 1
+                    order[i] = g
+                    n += 1
+            if total + n < rest[w, depth + 1]:  # each room may have lost a part to rounding
+                fits = False
                 break
-        if needed <= slots:
+            needed = 0
+            for e in range(depth + 1, experts):
+                c = 1  # fewest copies: c of them are no larger than the c-th roomiest rank allows
+                while c <= n and room[w, order[c - 1]] < load[w, e] // c:
+                    c += 1
+                needed += c if c <= n else slots + 1
+                if needed > slots:
+                    fits = False
+                    break
+            if not fits:
+                break
+        if fits:
             depth += 1
     return 1
 
 
 class Exhaustive:
-    """One layer in one window under even routing, small enough for every placement to be tried.
+    """One layer under even routing, small enough for every placement to be tried.
 
+    In one window (its makespan), or in all together (the mean of their makespans, linear speeds).
     Proof: experts by load, each on every set of ranks with slots and room left for its share;
-    a branch ends only where the tokens or the copies that are left cannot fit. Ranks that are
-    alike so far may be exchanged, so the first of them are taken; equal experts likewise. Shares
-    and room are rounded down, which relaxes (room exceeds every sum of shares that real room
-    does); pins, forbids, capacities and most replicas are kept, other rules left out, which
-    relaxes further.
+    a branch ends only where the tokens or the copies that are left cannot fit, or the makespans
+    of what is placed are too dear already. Ranks that are alike so far may be exchanged, so the
+    first of them are taken; equal experts likewise. Shares and room are rounded down, which
+    relaxes (room exceeds every sum of shares that real room does); pins, forbids, capacities and
+    most replicas are kept, other rules left out, which relaxes further.
     """
 
-    def __init__(self, problem: Problem, window: int, layer: int) -> None:
+    def __init__(self, problem: Problem, window: int | None, layer: int) -> None:
         cluster = problem.cluster
         self.holds = np.flatnonzero(cluster.slots > 0)
+        chosen = np.arange(problem.windows) if window is None else np.array([window])
         self.fits = (
-            problem.routing == "even" and self.holds.size <= RANKS and problem.experts <= EXPERTS
+            problem.routing == "even"
+            and self.holds.size <= RANKS
+            and problem.experts <= EXPERTS
+            and (chosen.size == 1 or not cluster.nonlinear)
         )
-        load, base = problem.tokens[window, layer], problem.base[window, layer]
-        order = np.argsort(-load, kind="stable")
-        total = float(load.sum() + base.sum())
-        self.scale = GRID / total if total > LEAST else 1.0  # all of it counts as nothing then
-        self.load = np.floor(load[order] * self.scale).astype(np.int64)
-        self.base = np.floor(base * self.scale)[self.holds]
+        if not self.fits:
+            return
+        tokens, base = problem.tokens[chosen, layer], problem.base[chosen, layer]
+        totals = tokens.sum(axis=1) + base.sum(axis=1)
+        order = np.argsort(
+            -(tokens / np.maximum(totals, LEAST)[:, None]).sum(axis=0), kind="stable"
+        )
+        # without load all of it counts as nothing
+        self.scale = np.where(totals > LEAST, GRID / np.maximum(totals, LEAST), 1.0)
+        self.load = np.floor(tokens[:, order] * self.scale[:, None]).astype(np.int64)
+        self.base = np.floor(base * self.scale[:, None])[:, self.holds]
         self.free = np.minimum(cluster.slots, problem.experts)[self.holds].astype(np.int64)
         allowed = problem.allowed[layer][np.ix_(order, self.holds)]
         self.capacity = problem.capacity[self.holds] * (1 + CAPACITY_SLACK)
         self.most = problem.most_replicas[order]
-        if not self.fits:
-            return
         self.problem, self.layer, self.order = problem, layer, order
+        self.weight = problem.window_weight[chosen] if chosen.size > 1 else np.ones(1)
+        self.fluid = problem.fluid[chosen, layer]
         pinned = problem.pinned[layer][np.ix_(order, self.holds)]
         self.pinned = (pinned << np.arange(self.holds.size)).sum(axis=1).astype(np.int64)
         self.allowed = (allowed << np.arange(self.holds.size)).sum(axis=1).astype(np.int64)
-        self.same = np.append(False, self.load[1:] == self.load[:-1])
+        self.same = np.append(False, (self.load[:, 1:] == self.load[:, :-1]).all(axis=0))
         self.same[1:] &= self.allowed[1:] == self.allowed[:-1]
         self.same[1:] &= self.pinned[1:] == self.pinned[:-1]
         self.same[1:] &= self.most[1:] == self.most[:-1]
@@ -143,7 +177,7 @@ class Exhaustive:
                 latency[g].tobytes(),
                 self.capacity[g],
                 self.free[g],
-                self.base[g],
+                self.base[:, g].tobytes(),
                 allowed[:, g].tobytes(),
                 pinned[:, g].tobytes(),
             )
@@ -158,22 +192,34 @@ class Exhaustive:
         self.masks = np.stack([masks[by_count], count[by_count]], axis=1).astype(np.int64)
 
     def refutes(self, seconds: float, nodes: int = THOROUGH) -> bool | None:
-        """Whether no plan ends within `seconds`; None if not decided within so many nodes."""
+        """Whether no plan costs at most `seconds`; None if not decided within so many nodes."""
         return self.search(seconds, nodes)[0]
 
     def search(self, seconds: float, nodes: int) -> tuple[bool | None, IntArray | None]:
         """The same, and slots [slots] of a placement that does end, if one was found."""
         if not self.fits:
             return None, None
-        reach = self.problem.cluster.tokens_by(np.array([seconds]))[self.holds]
-        room = np.minimum(reach, self.capacity) * self.scale * (1 + 1e-12)
+        # the other windows cost at least their fluid bounds
+        least = self.weight * self.fluid * (1 - 1e-12)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            left = (seconds - (least.sum() - least)) / self.weight
+        if (self.weight > 0)[left < 0].any():
+            return True, None
+        left = np.where(self.weight > 0, left, np.inf)[:, None]
+        cluster, each = self.problem.cluster, self.scale[:, None]
+        reach = cluster.tokens_by(left) if cluster.nonlinear else left * cluster.speeds
+        room = np.minimum(reach[:, self.holds], self.capacity) * each * (1 + 1e-12)
         room = np.minimum(room, GRID * 4) - self.base
         if (room < 0).any():
             return True, None
-        at = np.empty(self.load.size, dtype=np.int64)
+        room = np.floor(room).astype(np.int64)
+        pace = self.weight[:, None] / (cluster.speeds[self.holds] * each) * (1 - 1e-12)
+        if self.weight.size == 1:  # room says it all
+            pace, least, seconds = np.zeros_like(pace), np.zeros_like(least), 0.0
+        at = np.empty(self.load.shape[1], dtype=np.int64)
         answer = _excludes(
-            self.load, self.same, np.floor(room).astype(np.int64), self.free.copy(), self.allowed,
-            self.pinned, self.most, self.alike, self.masks, at, nodes,
+            self.load, self.same, room, self.base + room, pace, least, seconds, self.free.copy(),
+            self.allowed, self.pinned, self.most, self.alike, self.masks, at, nodes,
         )  # fmt: skip
         if answer != 0:
             return (True if answer == 1 else None), None
