@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from moeplace.bounds import EXHAUSTIVE, FEW, lifted_bound, lower_bound
+from moeplace.bounds import EXHAUSTIVE, FEW, lifted_bound, longest, lower_bound
+from moeplace.dual_bound import DUAL, price_layers, worth_pricing
 from moeplace.errors import PolicyNotApplicable, ProblemError
 from moeplace.evaluate import Evaluation, evaluate
 from moeplace.feasible import explain_infeasible, refuted
@@ -156,7 +157,7 @@ def solve(
     if method in EXACT or (method == "auto" and _small(problem) and problem.windows > 1):
         import ortools.sat.python.cp_model  # noqa: F401 - loaded before the clock starts
     began = time.perf_counter()
-    bound = lower_bound(problem, time_limit)
+    bound = lower_bound(problem, time_limit, prices=False)
     reason = explain_infeasible(problem) or refuted(problem, bound)
     if reason is not None:
         return Result(
@@ -170,8 +171,10 @@ def solve(
             reason=reason,
         )
     if method in POLICIES:
-        evaluation = _policy(problem, method)
-        return finish(problem, method, bound, evaluation, limits, time.perf_counter() - began)
+        run = Run(problem, bound, limits, began, seed, workers, progress, _policy(problem, method))
+        _price(run)
+        assert run.best is not None
+        return finish(problem, method, run.bound, run.best, limits, run.seconds)
     ends = replace(limits, gap=max(gap, OPTIMAL_GAP / 2))  # then no more can be proven
     run = Run(problem, bound, ends, began, seed, workers, progress)
     interrupted = False
@@ -213,10 +216,10 @@ def _auto(run: "Run", start: Plan | None) -> None:
     from moeplace.bounds import few_moves
 
     problem, limit = run.problem, run.limits.time
-    small = _small(problem)
+    small, dual = _small(problem), worth_pricing(problem)
     few = problem.max_moves is not None and problem.routing == "even"
     few = few and limit is not None and limit >= DEEP * problem.layers
-    if not (small or few):
+    if not (small or few or dual):
         _searched(run, start, run.limits)
         return
     steps = WARM_SHARE * run.steps
@@ -231,6 +234,7 @@ def _auto(run: "Run", start: Plan | None) -> None:
         _try_all(run)
     elif small and run.best is not None and run.open.any():
         _ask(run)
+    _price(run)
     if few and run.best is not None and run.best.legal:
         left = np.flatnonzero(run.open).tolist()
         for turn, layer in enumerate(left):
@@ -248,6 +252,20 @@ def _auto(run: "Run", start: Plan | None) -> None:
     if run.steps < float("inf"):
         rest = replace(rest, work=max(int(run.steps) - run.work, 0))
     _searched(run, start if run.best is None else run.best.plan, rest)
+
+
+def _price(run: "Run") -> None:
+    """Layers that are open: prices prove more where rules are that other arguments do not know."""
+    problem, bound = run.problem, run.bound
+    if not worth_pricing(problem) or not run.open.any():
+        return
+    high = longest(problem, problem.tokens, problem.base)
+    if run.best is not None:
+        high = np.where(run.open, run.best.makespan, bound.per_layer)
+    limit = run.limits.time
+    seconds = None if limit is None else PROOF_SHARE * limit - run.seconds
+    lifted, prices = price_layers(problem, bound.per_layer, high, seconds)
+    run.bound = lifted_bound(problem, bound, lifted, DUAL, prices)
 
 
 def _try_all(run: "Run") -> None:
@@ -361,6 +379,7 @@ def _exact(
             run.offer(POLICIES["eplb"](problem))
     elif warm_start == "lpt":
         _searched(run, start, Limits(time=0.0, gap=limits.gap))
+    _price(run)
     work_left = None
     if limits.work is not None:
         work_left = max(limits.work - run.work, 0) / STEPS
