@@ -1,8 +1,9 @@
 """Lower bounds that need no solver, and their check.
 
 `lower_bound` searches the largest makespan T that some argument refutes (`arguments`; compiled, in
-`bound_kernels`), and what rules lift: groups on nodes, few moves, planes, prices. `recompute` asks the
-named argument about a claimed bound again, from the problem alone, with NumPy code.
+`bound_kernels`), and what rules lift: groups on nodes, few moves, planes, prices. `recompute` asks
+the named argument about a claimed bound again, from the problem and the prices that the bound
+holds, with NumPy code.
 """
 
 from collections.abc import Mapping
@@ -40,9 +41,7 @@ GROUPS = "groups on nodes"
 PLANES, EXHAUSTIVE = "planes", "exhaustive"
 
 
-def lower_bound(
-    problem: Problem, time_limit: float | None = None, *, prices: bool = True
-) -> Bound:
+def lower_bound(problem: Problem, time_limit: float | None = None, *, prices: bool = True) -> Bound:
     """The best of all arguments for each window and layer, and in total.
 
     Sharing groups out over nodes is left out where it may take most of the time limit (seconds),
@@ -203,9 +202,8 @@ def recompute(problem: Problem, bound: Bound) -> None:
             tiny = Exhaustive(problem, window, layer)
             holds = bool(tiny.refutes(claim * (1 - 1e-11)))
         elif name == DUAL:
-            case, found = Priced(problem, window, layer), bound.prices.get((window, layer))
-            holds = found is not None and case.fits(found)
-            holds = holds and case.refutes(found, claim * (1 - 1e-11))
+            priced, found = Priced(problem, window, layer), bound.prices.get((window, layer))
+            holds = found is not None and priced.follows(found, claim * (1 - 1e-11))
         elif name == PLANES and problem.cluster.planes is not None:
             holds = bool(planes(problem, window, np.array([layer]), np.array([claim]))[0])
         else:

@@ -9,8 +9,8 @@ solver claims is told apart.
 Sums are exact. An argument compares them with a margin of 1e-12, wider than the one rounding of
 that comparison, so that what holds here holds. "few moves" and "exhaustive" search again, in whole
 numbers; "moves" and "planes" add floating-point numbers with a margin wider than their rounding,
-and so does whatever contains an exponential. The prices of "lp dual" are taken as the rational numbers that they
-are: whoever found them, if none is negative, they prove what follows from them.
+and so does whatever contains an exponential. Prices of "lp dual" are the rational numbers that
+stand in the file: whoever found them, if none is negative, they prove what follows.
 """
 
 import hashlib
@@ -326,8 +326,8 @@ def _bound(path: PathLike, file: _File, problem: Problem) -> Bound:
         prices[at] = _prices(stored, problem)
         if not Priced(problem, *at).fits(prices[at]):
             raise CertificateError(
-                f"{place} must have a price of at least 0 for each rank, and a worth for each expert "
-                "unless routing is even."
+                f"{place} must have prices of at least 0, for each rank and, unless routing is "
+                "even, for each expert."
             )
     return Bound(
         per_layer=np.array(file.bounds),

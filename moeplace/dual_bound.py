@@ -19,7 +19,7 @@ from moeplace.problem import Problem
 
 #: Name of the argument.
 DUAL = "lp dual"
-#: Rounds of prices for one bound, the least relative gain of one, and that below which none follows.
+#: Rounds of prices for one bound, the least gain of one, and that below which no other follows.
 ROUNDS, GAIN, ENOUGH = 8, 1e-7, 1e-5
 #: Prices refute with this margin when they are found; when checked, with `arguments.SLACK`.
 MARGIN = 1e-11
@@ -85,8 +85,10 @@ class Priced:
     costs add up to more, there is no plan. An expert uses ranks that are allowed, the pinned ones
     always, and no more than its most replicas. Its least cost is
 
-    * under even routing, or with one replica, over numbers c of replicas, that of the c cheapest ranks with room for
-      w_e / c; the loop over c ends where even the c cheapest prices of all ranks cost more;
+    * under even routing, or with one replica, over numbers c of replicas, that of the c cheapest
+      ranks with room for w_e / c. They cost at least what one with all of w_e costs somewhere,
+      whether it fits or not, plus c - 1 times the least price without tokens: where that is too
+      much, the loop ends;
     * else, with any worth v_e of one of its tokens, at least v_e w_e plus the sum over its ranks of
       the least q_g + n + [m] + [u_gk] - (v_e - p_g) y over y up to min(w_e, r_g): Lagrange's bound,
       shares being not negative and of sum 1. The ranks are at least so many that w_e fits. What is
@@ -131,6 +133,10 @@ class Priced:
             for array, shape in zip(arrays, shapes, strict=True)
         ) and all(0 <= price < np.inf for price in (prices.copy, prices.replica))
 
+    def follows(self, prices: Prices, seconds: float) -> bool:
+        """Whether they fit and refute `seconds`."""
+        return self.fits(prices) and self.refutes(prices, seconds)
+
     def exact(self, row: Row, loads: Any) -> "Priced":
         """The same with numbers that do not round."""
         other = object.__new__(Priced)
@@ -139,8 +145,13 @@ class Priced:
 
     def refutes(self, prices: Prices, seconds: Any, margin: float = SLACK) -> bool:
         """Whether by these prices no plan ends within `seconds`."""
-        rooms = self.row.rooms(seconds)
+        rooms = self.rooms(seconds)
         return bool(self.least(prices, rooms) * (1 - margin) > self.most_spent(prices, rooms))
+
+    def rooms(self, seconds: Any) -> Any:
+        """r_g of the ranks [ranks], exact where the row is."""
+        rooms = self.row.rooms(seconds)
+        return np.where(rooms > 0, rooms, 0)
 
     def most_spent(self, prices: Prices, rooms: Any) -> Any:
         """What all replicas of a plan cost at most."""
@@ -174,19 +185,22 @@ class Priced:
 
     def _even(self, ranks: IntArray, token: Any, cut: Any, once: Any, room: Any) -> Any:
         best = np.full(self.loads.size, np.inf, dtype=self.loads.dtype)
-        cheap = np.sort(token).cumsum(), np.sort(once.min(axis=0)).cumsum()
+        allowed = self.allowed[:, ranks]
+        single = np.where(allowed, self.loads[:, None] * token + once, np.inf).min(axis=1)
+        again = np.where(allowed, once, np.inf).min(axis=1)
+        again = np.where(allowed.any(axis=1), again, 0)
         left = np.flatnonzero(self.even | (self.most == 1))
         for c in range(1, ranks.size + 1):
-            share = self.loads[left] / c
-            cheaper = share * cheap[0][c - 1] + cheap[1][c - 1] < best[left]
-            left, share = left[cheaper], share[cheaper][:, None]
-            left, share = left[self.most[left] >= c], share[self.most[left] >= c]
+            # beside 1 / c of c single replicas, their prices without tokens for the rest
+            cheaper = single[left] + (c - 1) * again[left] < best[left]
+            left = left[cheaper & (self.most[left] >= c)]
             if left.size == 0:
                 break
+            share = self.loads[left, None] / c
             cost = share * token + (once if self.fresh is None else once[left])
             for k, price in enumerate(cut):
                 cost = cost + np.where(share * ((k + 2) * (1 - SLACK)) > room, price, 0)
-            fits = self.allowed[np.ix_(left, ranks)] & (share * (1 - SLACK) <= room)
+            fits = allowed[left] & (share * (1 - SLACK) <= room)
             cost = np.where(fits, cost, np.inf)
             number = c - self.pins[left]
             best[left] = np.minimum(best[left], self._chosen(cost, left, ranks, number, number))
@@ -223,20 +237,18 @@ class Priced:
     def with_worth(self, prices: Prices, worth: FloatArray) -> Prices:
         """The prices with worths [parts, experts]: where 0, that of the best single rank."""
         loads = np.where(self.loads > 0, self.loads, np.inf)[:, None]
-        single = [
-            np.where(
-                self.allowed[:, ranks], prices.token[ranks] + self.once(prices, ranks) / loads, np.inf
-            ).min(axis=1, initial=np.inf)
-            for ranks in self.parts
-        ]
-        single = np.where(np.isfinite(single), single, 0.0)
+        single = np.zeros_like(worth)
+        for part, ranks in enumerate(self.parts):
+            each = prices.token[ranks] + self.once(prices, ranks) / loads
+            each = np.where(self.allowed[:, ranks], each, np.inf).min(axis=1)
+            single[part] = np.where(np.isfinite(each), each, 0.0)
         return replace(prices, worth=np.where(worth > 0, worth, single))
 
     def climb(self, prices: Prices, low: float, high: float) -> float:
         """Largest makespan from `low` (returned if none) to `high` that the prices refute."""
         while high - low > 1e-10 * high:
             # what is spent at most reaches the need of `low` here: no later time is refuted
-            need = self.least(prices, self.row.rooms(low)) * (1 - MARGIN)
+            need = self.least(prices, self.rooms(low)) * (1 - MARGIN)
             if np.isfinite(need):
                 high = self._spent_by(prices, need, low, high)
             for middle in (high, 0.5 * (low + high)):
@@ -249,11 +261,11 @@ class Priced:
 
     def _spent_by(self, prices: Prices, need: float, low: float, high: float) -> float:
         """Largest makespan from `low` to `high` by which less than `need` is spent."""
-        if self.most_spent(prices, self.row.rooms(high)) < need:
+        if self.most_spent(prices, self.rooms(high)) < need:
             return high
         for _ in range(60):
             middle = 0.5 * (low + high)
-            if self.most_spent(prices, self.row.rooms(middle)) < need:
+            if self.most_spent(prices, self.rooms(middle)) < need:
                 low = middle
             else:
                 high = middle

@@ -24,7 +24,7 @@ STEPS = 4
 
 def best_prices(case: Priced, seconds: float) -> Prices | None:
     """Prices that refute `seconds` most clearly; None if the programme has no solution."""
-    rooms = case.row.rooms(seconds)
+    rooms = case.rooms(seconds)
     unit = float(rooms.max(initial=0.0))
     if unit == 0:
         return None
@@ -50,8 +50,9 @@ class _Entries:
     def add(self, row: IntArray, column: IntArray, value: FloatArray | float) -> None:
         """Add entries; arguments are broadcast against each other."""
         entries = np.broadcast_arrays(row, column, np.asarray(value, dtype=float))
-        for kept, part in zip((self.row, self.column, self.value), entries, strict=True):
-            kept.append(part.ravel())
+        self.row.append(entries[0].ravel())
+        self.column.append(entries[1].ravel())
+        self.value.append(entries[2].ravel())
 
     def matrix(self, columns: int) -> "sparse.csr_array":
         """All rows [rows, columns]."""

@@ -154,6 +154,8 @@ def solve(
     )
     if method == "auto" and _small(problem):
         _rehearse_tiny()
+    if worth_pricing(problem):
+        import scipy.optimize  # noqa: F401 - loaded before the clock starts
     if method in EXACT or (method == "auto" and _small(problem) and problem.windows > 1):
         import ortools.sat.python.cp_model  # noqa: F401 - loaded before the clock starts
     began = time.perf_counter()
