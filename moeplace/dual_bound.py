@@ -21,10 +21,12 @@ from moeplace.problem import Problem
 DUAL = "lp dual"
 #: Rounds of prices for one bound, the least gain of one, and that below which no other follows.
 ROUNDS, GAIN, ENOUGH = 8, 1e-7, 1e-5
+#: A makespan of a plan that is above the bound by less than this factor is tried first.
+NEAR = 4.0
 #: Prices refute with this margin when they are found; when checked, with `arguments.SLACK`.
 MARGIN = 1e-11
 #: Under other than even routing, budgets of moves are priced up to so many moves.
-FEW = 8
+FEW = 2
 #: Pairs of an expert and a rank that a round gets through in a second, at least.
 PACE = 60_000
 
@@ -41,6 +43,11 @@ def worth_pricing(problem: Problem) -> bool:
         return False
     few = int(rules.allowance().min()) if rules.total is None else rules.total
     return few <= FEW
+
+
+def pricing_seconds(problem: Problem) -> float:
+    """Time for one round of prices of all windows and layers, roughly."""
+    return problem.windows * problem.allowed.size / PACE
 
 
 def price_layers(
@@ -276,36 +283,41 @@ class Priced:
     ) -> tuple[float, Prices | None]:
         """Largest makespan from `low` to `high` that prices refute, and the prices; or `low`, None.
 
-        At the makespan refuted so far a linear programme names the next prices. No round begins
-        that may last beyond `end`, a reading of the clock.
+        A linear programme names prices at `high`, if that is near, then at what is refuted so far.
+        No round begins that may last beyond `end`, a reading of the clock.
         """
         from moeplace.dual_lp import best_prices  # scipy, only needed here
 
-        experts, ranks = self.allowed.shape
-        nothing = np.zeros(ranks)
-        free = Prices(
-            token=nothing, slot=nothing, cut=np.zeros((0, ranks)), copy=0.0, replica=0.0,
-            worth=np.zeros((0 if self.even else len(self.parts), experts)),
-        )  # fmt: skip
-        best, before = None, 0.0
-        # an expert that fits nowhere refutes at any prices
-        found: Prices | None = free
+        best = None
+        free = self._free()
+        if self.refutes(free, low * (1 + GAIN), MARGIN):  # an expert that fits nowhere
+            low, best = self.climb(free, low * (1 + GAIN), high), free
         longest = self.allowed.size / PACE
-        for _ in range(1 + ROUNDS):
-            if found is None:
+        at = high if high <= NEAR * low else low * (1 + GAIN)
+        for _ in range(ROUNDS):
+            began = time.perf_counter()
+            if low * (1 + GAIN) >= high or (end is not None and began + longest > end):
                 break
-            if self.refutes(found, low * (1 + GAIN), MARGIN):
+            before, found = low, best_prices(self, at)
+            if found is not None and self.refutes(found, low * (1 + GAIN), MARGIN):
                 low, best = self.climb(found, low * (1 + GAIN), high), found
-            elif found is not free:
+            if at < high and low < before * (1 + ENOUGH):
                 break
-            if low * (1 + GAIN) >= high or (found is not free and low < before * (1 + ENOUGH)):
-                break
-            before, began = low, time.perf_counter()
-            if end is not None and began + longest > end:
-                break
-            found = best_prices(self, low * (1 + GAIN))
+            at = low * (1 + GAIN)
             longest = max(longest, time.perf_counter() - began)
         return low, best
+
+    def _free(self) -> Prices:
+        """Nothing costs anything."""
+        experts, ranks = self.allowed.shape
+        return Prices(
+            token=np.zeros(ranks),
+            slot=np.zeros(ranks),
+            cut=np.zeros((0, ranks)),
+            copy=0.0,
+            replica=0.0,
+            worth=np.zeros((0 if self.even else len(self.parts), experts)),
+        )
 
 
 def fewest_copies(most: Any, loads: Any) -> Any:

@@ -108,12 +108,12 @@ class _Programme:
 
     def _hold(self, column: IntArray, expert: IntArray | int, rank: IntArray) -> None:
         """Columns that are replicas of experts on ranks."""
-        case = self.case
+        case, column = self.case, np.broadcast_to(column, rank.shape)
         self.most.add(self.slot[rank], column, 1.0)
         self.most.add(self.replica, column, 1.0)
         if case.fresh is not None:
             received = case.fresh[expert, rank]
-            self.most.add(self.copy, np.broadcast_to(column, rank.shape)[received], 1.0)
+            self.most.add(self.copy, column[received], 1.0)
 
     def _run(
         self, column: IntArray, expert: IntArray | int, rank: IntArray, tokens: FloatArray | float

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from moeplace.bounds import EXHAUSTIVE, FEW, lifted_bound, longest, lower_bound
-from moeplace.dual_bound import DUAL, price_layers, worth_pricing
+from moeplace.dual_bound import DUAL, price_layers, pricing_seconds, worth_pricing
 from moeplace.errors import PolicyNotApplicable, ProblemError
 from moeplace.evaluate import Evaluation, evaluate
 from moeplace.feasible import explain_infeasible, refuted
@@ -39,6 +39,9 @@ NODES, PACE = 10_000_000, 20_000_000
 ASKED = 1.0
 #: Seconds a layer from which the bound on few moves is searched deeper, and by when that ends.
 DEEP, PROOF_SHARE = 0.5, 0.5
+#: Time for one round of prices of all layers, as a share of the limit, up to which it comes early;
+#: else the search has most of the limit first, and only gaps wider than this are looked at.
+EARLY, LATE_SHARE, WIDE = 0.25, 0.8, 1e-3
 #: Seconds, or deterministic seconds, of each layer that an exact method has without limits.
 DEFAULT_SECONDS = 10.0
 
@@ -224,10 +227,13 @@ def _auto(run: "Run", start: Plan | None) -> None:
     if not (small or few or dual):
         _searched(run, start, run.limits)
         return
-    steps = WARM_SHARE * run.steps
+    late = dual and not (small or few) and limit is not None
+    late = late and pricing_seconds(problem) > EARLY * (limit or 0.0)
+    share = LATE_SHARE if late else WARM_SHARE
+    steps = share * run.steps
     steps = min(steps, WARM_STEPS * problem.layers) if small else steps
     warm = Limits(
-        time=None if limit is None else WARM_SHARE * limit,
+        time=None if limit is None else share * limit,
         work=int(steps) if steps < float("inf") else None,
         gap=run.limits.gap,
     )
@@ -236,7 +242,7 @@ def _auto(run: "Run", start: Plan | None) -> None:
         _try_all(run)
     elif small and run.best is not None and run.open.any():
         _ask(run)
-    _price(run)
+    _price(run, late)
     if few and run.best is not None and run.best.legal:
         left = np.flatnonzero(run.open).tolist()
         for turn, layer in enumerate(left):
@@ -256,16 +262,20 @@ def _auto(run: "Run", start: Plan | None) -> None:
     _searched(run, start if run.best is None else run.best.plan, rest)
 
 
-def _price(run: "Run") -> None:
-    """Layers that are open: prices prove more where rules are that other arguments do not know."""
+def _price(run: "Run", late: bool = False) -> None:
+    """Layers that are open: prices prove more where rules are that other arguments do not know.
+
+    They may take what is left of the limit, if it is `late`, else of a part of it.
+    """
     problem, bound = run.problem, run.bound
     if not worth_pricing(problem) or not run.open.any():
         return
     high = longest(problem, problem.tokens, problem.base)
     if run.best is not None:
-        high = np.where(run.open, run.best.makespan, bound.per_layer)
+        wanted = run.open & (run.best.makespan > bound.per_layer * (1 + late * WIDE))
+        high = np.where(wanted, run.best.makespan, bound.per_layer)
     limit = run.limits.time
-    seconds = None if limit is None else PROOF_SHARE * limit - run.seconds
+    seconds = None if limit is None else (1.0 if late else PROOF_SHARE) * limit - run.seconds
     lifted, prices = price_layers(problem, bound.per_layer, high, seconds)
     run.bound = lifted_bound(problem, bound, lifted, DUAL, prices)
 
