@@ -20,7 +20,7 @@ from moeplace.problem import Problem
 #: Name of the argument.
 DUAL = "lp dual"
 #: Rounds of prices for one bound, the least gain of one, and that below which no other follows.
-ROUNDS, GAIN, ENOUGH = 8, 1e-7, 1e-5
+ROUNDS, GAIN, ENOUGH = 8, 1e-7, 1e-4
 #: A makespan of a plan that is above the bound by less than this factor is tried first.
 NEAR = 4.0
 #: Prices refute with this margin when they are found; when checked, with `arguments.SLACK`.
@@ -29,6 +29,8 @@ MARGIN = 1e-11
 FEW = 2
 #: Pairs of an expert and a rank that a round gets through in a second, at least.
 PACE = 60_000
+#: The same pairs for all layers together without a time limit, each round counted.
+PAIRS = 1_000_000
 
 
 def worth_pricing(problem: Problem) -> bool:
@@ -56,11 +58,12 @@ def price_layers(
     """Bounds [windows, layers] lifted by prices, and the prices where they are.
 
     No bound is sought above `high` [windows, layers], nor where it is reached. The widest gaps come
-    first; with `seconds`, none is begun that may take longer than what is left.
+    first; with `seconds`, none is begun that may take longer than what is left; without, rounds are
+    counted, so that any machine does the same.
     """
     end = None if seconds is None else time.perf_counter() + seconds
     value, prices = per_layer.copy(), {}
-    gap = high - per_layer
+    gap, pairs = high - per_layer, 0
     for at in np.argsort(-gap, axis=None, kind="stable").tolist():
         window, layer = (int(n) for n in np.unravel_index(at, gap.shape))
         busy = problem.tokens[window, layer].any()
@@ -68,8 +71,11 @@ def price_layers(
             continue
         if end is not None and time.perf_counter() + problem.allowed[layer].size / PACE > end:
             break
+        if end is None and pairs > PAIRS:
+            break
         case = Priced(problem, window, layer)
         low, found = case.bound(per_layer[window, layer], high[window, layer], end)
+        pairs += case.rounds * case.allowed.size
         if found is not None:
             value[window, layer], prices[window, layer] = low, found
     return value, prices
@@ -128,6 +134,7 @@ class Priced:
             node = problem.cluster.node_of
             self.group = problem.node_groups.of(problem.experts)
             self.parts = [np.flatnonzero(node == n) for n in np.unique(node)]
+        self.rounds = 0  # of prices sought
 
     def fits(self, prices: Prices) -> bool:
         """Whether prices are of this layer's shape, and none is negative."""
@@ -298,6 +305,7 @@ class Priced:
             began = time.perf_counter()
             if low * (1 + GAIN) >= high or (end is not None and began + longest > end):
                 break
+            self.rounds += 1
             before, found = low, best_prices(self, at)
             if found is not None and self.refutes(found, low * (1 + GAIN), MARGIN):
                 low, best = self.climb(found, low * (1 + GAIN), high), found
