@@ -9,7 +9,8 @@ solver claims is told apart.
 Sums are exact. An argument compares them with a margin of 1e-12, wider than the one rounding of
 that comparison, so that what holds here holds. "hot packing", "few moves" and "exhaustive" search
 again, in whole numbers; "moves" and "planes" add floating-point numbers with a margin wider than
-their rounding, and so does whatever contains an exponential.
+their rounding, and so does whatever contains an exponential. Prices of "lp dual" are the rational
+numbers that stand in the file: whoever found them, if none is negative, they prove what follows.
 """
 
 import hashlib
@@ -28,7 +29,8 @@ from moeplace._check import FloatArray
 from moeplace._files import PathLike, check_full, nested, plain, read_json, write_json
 from moeplace.arguments import ARGUMENTS, Row, row_of
 from moeplace.bounds import NODES, nodes_as_ranks, recompute
-from moeplace.claims import Bound, Claim
+from moeplace.claims import Bound, Claim, Prices
+from moeplace.dual_bound import DUAL, Priced
 from moeplace.errors import CertificateError, PlanError, ProblemError
 from moeplace.evaluate import Evaluation, evaluate
 from moeplace.instances import InstanceFile, as_file, from_file
@@ -53,6 +55,17 @@ class _Claim(msgspec.Struct, forbid_unknown_fields=True):
     replica_price: float = 0.0
 
 
+class _Prices(msgspec.Struct, forbid_unknown_fields=True):
+    window: int
+    layer: int
+    token: list[float]
+    slot: list[float]
+    cut: list[list[float]]
+    copy: float
+    replica: float
+    worth: list[list[float]]
+
+
 class _Plan(msgspec.Struct, forbid_unknown_fields=True):
     slots: list[list[int]]
     split: msgspec.Raw = msgspec.Raw(b"null")
@@ -73,6 +86,7 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
     bounds: list[list[float]]
     arguments: list[list[str]]
     claims: list[_Claim] = []
+    prices: list[_Prices] = []  # files of older versions have none
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -150,6 +164,20 @@ def write_certificate(result: Result, path: PathLike) -> None:
             ],
             "arguments": bound.source.tolist(),
             "bounds": plain(bound.per_layer),
+            "prices": [
+                {
+                    "window": window,
+                    "layer": layer,
+                    "token": plain(prices.token),
+                    "slot": plain(prices.slot),
+                    "cut": plain(prices.cut),
+                    "copy": prices.copy,
+                    "replica": prices.replica,
+                    "worth": plain(prices.worth),
+                }
+                for (window, layer), prices in sorted(bound.prices.items())
+                if bound.source[window, layer] == DUAL
+            ],
             "plan": {
                 "slots": plan.slots.tolist(),
                 "split": None if plan.split is None else plain(plan.split),
@@ -163,7 +191,8 @@ def digest(path: PathLike) -> str:
     """SHA-256 of what a certificate says, whoever made it.
 
     Bounds and prices count with ten digits and shares with nine decimals, so that another
-    processor's rounding does not make another certificate. Nothing is checked.
+    processor's rounding does not make another certificate. The prices that prove a bound do not
+    count: other ones may prove the same. Nothing is checked.
 
     Raises
     ------
@@ -287,6 +316,19 @@ def _bound(path: PathLike, file: _File, problem: Problem) -> Bound:
         given: dict[str, Any] = msgspec.structs.asdict(claim)
         given |= {"layers": tuple(claim.layers), "weight": weight}
         claims.append(Claim(**given))
+    prices = {}
+    for n, stored in enumerate(file.prices):
+        place, at = f"{path}: $.prices[{n}]", (stored.window, stored.layer)
+        if not (0 <= at[0] < problem.windows and 0 <= at[1] < problem.layers):
+            raise CertificateError(f"{place} names a window or layer that does not exist.")
+        if at in prices:
+            raise CertificateError(f"{place} is for window {at[0]}, layer {at[1]} again.")
+        prices[at] = _prices(stored, problem)
+        if not Priced(problem, *at).fits(prices[at]):
+            raise CertificateError(
+                f"{place} must have prices of at least 0, for each rank and, unless routing is "
+                "even, for each expert."
+            )
     return Bound(
         per_layer=np.array(file.bounds),
         source=np.array(file.arguments),
@@ -294,6 +336,25 @@ def _bound(path: PathLike, file: _File, problem: Problem) -> Bound:
         coupled=file.coupled,
         claims=tuple(claims),
         proven=file.recomputed,
+        prices=prices,
+    )
+
+
+def _prices(stored: _Prices, problem: Problem) -> Prices:
+    """Prices as they are in the file; ragged lists get a shape that fits no layer."""
+
+    def rows(lists: list[list[float]], length: int) -> FloatArray:
+        if any(len(row) != length for row in lists):
+            return np.zeros((0, 0))
+        return np.array(lists, dtype=float).reshape(len(lists), length)
+
+    return Prices(
+        token=np.array(stored.token, dtype=float),
+        slot=np.array(stored.slot, dtype=float),
+        cut=rows(stored.cut, problem.ranks),
+        copy=stored.copy,
+        replica=stored.replica,
+        worth=rows(stored.worth, problem.experts),
     )
 
 
@@ -303,16 +364,22 @@ def _same(path: PathLike, place: str, stored: float, exact: Fraction, what: str)
 
 
 def _again(problem: Problem, bound: Bound) -> None:
-    """Ask the arguments of `arguments.ARGUMENTS` again in rational numbers."""
+    """Ask the arguments of `arguments.ARGUMENTS`, and prices, again in rational numbers."""
     coarse = nodes_as_ranks(problem)
     for window, layer in np.ndindex(bound.per_layer.shape):
         name = str(bound.source[window, layer])
         claim = Fraction(float(bound.per_layer[window, layer]))
         inner = coarse if name.startswith(NODES) else problem
         argument = ARGUMENTS.get(name.removeprefix(NODES))
-        if claim == 0 or argument is None or inner is None:
+        if name == DUAL:
+            case, prices = Priced(problem, window, layer), bound.prices[window, layer]
+            case = case.exact(_rational(case.row), _exactly(case.loads))
+            holds = case.refutes(_exact_prices(prices), claim * MARGIN)
+        elif claim == 0 or argument is None or inner is None:
             continue  # checked by `recompute`
-        if not argument(_rational(row_of(inner, window, layer)), claim * MARGIN):  # type: ignore[arg-type]
+        else:
+            holds = argument(_rational(row_of(inner, window, layer)), claim * MARGIN)  # type: ignore[arg-type]
+        if not holds:
             raise CertificateError(
                 f"Bound {float(claim)!r} of window {window}, layer {layer} does not follow from "
                 f"{name!r} in exact arithmetic."
@@ -321,17 +388,28 @@ def _again(problem: Problem, bound: Bound) -> None:
 
 def _rational(row: Row) -> Row:
     """The same row with numbers that do not round."""
-
-    def exact(values: FloatArray) -> Any:
-        flat = [Fraction(x) if math.isfinite(x) else x for x in values.ravel().tolist()]
-        return np.array(flat, dtype=object).reshape(values.shape)
-
     return replace(
         row,
-        loads=exact(row.loads),
-        base=exact(row.base),
-        knots=(exact(row.knots[0]), exact(row.knots[1]), exact(row.knots[2])),
-        capacity=exact(row.capacity),
+        loads=_exactly(row.loads),
+        base=_exactly(row.base),
+        knots=(_exactly(row.knots[0]), _exactly(row.knots[1]), _exactly(row.knots[2])),
+        capacity=_exactly(row.capacity),
+    )
+
+
+def _exactly(values: FloatArray) -> Any:
+    flat = [Fraction(x) if math.isfinite(x) else x for x in values.ravel().tolist()]
+    return np.array(flat, dtype=object).reshape(values.shape)
+
+
+def _exact_prices(prices: Prices) -> Prices:
+    return Prices(
+        token=_exactly(prices.token),
+        slot=_exactly(prices.slot),
+        cut=_exactly(prices.cut),
+        copy=Fraction(prices.copy),  # type: ignore[arg-type]
+        replica=Fraction(prices.replica),  # type: ignore[arg-type]
+        worth=_exactly(prices.worth),
     )
 
 

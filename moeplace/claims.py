@@ -2,8 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -37,6 +37,32 @@ class Claim:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Prices:
+    """What a layer's ranks charge in one window; see `dual_bound`. None is negative.
+
+    Attributes
+    ----------
+    token : array [ranks]
+        Of a token.
+    slot : array [ranks]
+        Of a replica.
+    cut : array [cuts, ranks]
+        Of a replica with more than 1 / (k + 1) of the rank's room, k = 1, 2, ...
+    copy, replica : float
+        Of a received copy, and of a replica wherever it lies.
+    worth : array [parts, experts]
+        Of a token of each expert, by node under `NodeGroups`; unused under even routing.
+    """
+
+    token: FloatArray
+    slot: FloatArray
+    cut: FloatArray
+    copy: float
+    replica: float
+    worth: FloatArray
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Bound:
     """A proven lower bound, layer by layer.
 
@@ -53,6 +79,8 @@ class Bound:
         shared over them.
     claims : tuple of Claim
         What solvers claim beyond; `total` uses them, nothing else does.
+    prices : mapping of (window, layer) to Prices
+        What the argument "lp dual" needs.
     """
 
     per_layer: FloatArray
@@ -61,6 +89,7 @@ class Bound:
     coupled: bool = False
     claims: tuple[Claim, ...] = ()
     proven: float | None = None
+    prices: Mapping[tuple[int, int], Prices] = field(default_factory=dict)
 
     @property
     def recomputed(self) -> float:

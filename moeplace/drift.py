@@ -421,7 +421,7 @@ class Monitor:
             price = evaluate(problem, _one_split(self.plan))
         else:
             price = at_best_shares(problem, self.plan)
-        bound = lower_bound(problem).total
+        bound = lower_bound(problem, prices=False).total
         return price.objective / bound - 1.0 if bound > 0 else 0.0
 
     def _on(self, loads: LoadHistogram) -> Problem:

@@ -111,7 +111,7 @@ def twice_bound(problem: Problem) -> float:
     spare = problem.cluster.total_slots - 2 * problem.experts
     rules = [rule for rule in problem.constraints if not isinstance(rule, MaxReplicas)]
     limited = replace(problem, constraints=[*rules, MaxReplicas(max(spare, 0) + 2)])
-    bound = lower_bound(limited).total
+    bound = lower_bound(limited, prices=False).total
     if spare == 0 and problem.routing == "even":
         tokens = np.tile(problem.loads.tokens / 2, (1, 1, 2))
         halved = replace(problem.loads, tokens=tokens)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from moeplace.bounds import EXHAUSTIVE, FEW, lifted_bound, lower_bound
+from moeplace.bounds import EXHAUSTIVE, FEW, lifted_bound, longest, lower_bound
+from moeplace.dual_bound import DUAL, price_layers, pricing_seconds, worth_pricing
 from moeplace.errors import PolicyNotApplicable, ProblemError
 from moeplace.evaluate import Evaluation, evaluate
 from moeplace.feasible import explain_infeasible, refuted
@@ -38,6 +39,9 @@ NODES, PACE = 10_000_000, 20_000_000
 ASKED = 1.0
 #: Seconds a layer from which the bound on few moves is searched deeper, and by when that ends.
 DEEP, PROOF_SHARE = 0.5, 0.5
+#: Time for one round of prices of all layers, as a share of the limit, up to which it comes early;
+#: else the search has most of the limit first, and only gaps wider than this are looked at.
+EARLY, LATE_SHARE, WIDE = 0.25, 0.8, 1e-3
 #: Seconds, or deterministic seconds, of each layer that an exact method has without limits.
 DEFAULT_SECONDS = 10.0
 
@@ -153,10 +157,12 @@ def solve(
     )
     if method == "auto" and _small(problem):
         _rehearse_tiny()
+    if worth_pricing(problem):
+        import scipy.optimize  # noqa: F401 - loaded before the clock starts
     if method in EXACT or (method == "auto" and _small(problem) and problem.windows > 1):
         import ortools.sat.python.cp_model  # noqa: F401 - loaded before the clock starts
     began = time.perf_counter()
-    bound = lower_bound(problem, time_limit)
+    bound = lower_bound(problem, time_limit, prices=False)
     reason = explain_infeasible(problem) or refuted(problem, bound)
     if reason is not None:
         return Result(
@@ -170,8 +176,10 @@ def solve(
             reason=reason,
         )
     if method in POLICIES:
-        evaluation = _policy(problem, method)
-        return finish(problem, method, bound, evaluation, limits, time.perf_counter() - began)
+        run = Run(problem, bound, limits, began, seed, workers, progress, _policy(problem, method))
+        _price(run)
+        assert run.best is not None
+        return finish(problem, method, run.bound, run.best, limits, run.seconds)
     ends = replace(limits, gap=max(gap, OPTIMAL_GAP / 2))  # then no more can be proven
     run = Run(problem, bound, ends, began, seed, workers, progress)
     interrupted = False
@@ -213,16 +221,19 @@ def _auto(run: "Run", start: Plan | None) -> None:
     from moeplace.bounds import few_moves
 
     problem, limit = run.problem, run.limits.time
-    small = _small(problem)
+    small, dual = _small(problem), worth_pricing(problem)
     few = problem.max_moves is not None and problem.routing == "even"
     few = few and limit is not None and limit >= DEEP * problem.layers
-    if not (small or few):
+    if not (small or few or dual):
         _searched(run, start, run.limits)
         return
-    steps = WARM_SHARE * run.steps
+    late = dual and not (small or few) and limit is not None
+    late = late and pricing_seconds(problem) > EARLY * (limit or 0.0)
+    share = LATE_SHARE if late else WARM_SHARE
+    steps = share * run.steps
     steps = min(steps, WARM_STEPS * problem.layers) if small else steps
     warm = Limits(
-        time=None if limit is None else WARM_SHARE * limit,
+        time=None if limit is None else share * limit,
         work=int(steps) if steps < float("inf") else None,
         gap=run.limits.gap,
     )
@@ -231,6 +242,7 @@ def _auto(run: "Run", start: Plan | None) -> None:
         _try_all(run)
     elif small and run.best is not None and run.open.any():
         _ask(run)
+    _price(run, late)
     if few and run.best is not None and run.best.legal:
         left = np.flatnonzero(run.open).tolist()
         for turn, layer in enumerate(left):
@@ -248,6 +260,24 @@ def _auto(run: "Run", start: Plan | None) -> None:
     if run.steps < float("inf"):
         rest = replace(rest, work=max(int(run.steps) - run.work, 0))
     _searched(run, start if run.best is None else run.best.plan, rest)
+
+
+def _price(run: "Run", late: bool = False) -> None:
+    """Layers that are open: prices prove more where rules are that other arguments do not know.
+
+    They may take what is left of the limit, if it is `late`, else of a part of it.
+    """
+    problem, bound = run.problem, run.bound
+    if not worth_pricing(problem) or not run.open.any():
+        return
+    high = longest(problem, problem.tokens, problem.base)
+    if run.best is not None:
+        wanted = run.open & (run.best.makespan > bound.per_layer * (1 + late * WIDE))
+        high = np.where(wanted, run.best.makespan, bound.per_layer)
+    limit = run.limits.time
+    seconds = None if limit is None else (1.0 if late else PROOF_SHARE) * limit - run.seconds
+    lifted, prices = price_layers(problem, bound.per_layer, high, seconds)
+    run.bound = lifted_bound(problem, bound, lifted, DUAL, prices)
 
 
 def _try_all(run: "Run") -> None:
@@ -361,6 +391,7 @@ def _exact(
             run.offer(POLICIES["eplb"](problem))
     elif warm_start == "lpt":
         _searched(run, start, Limits(time=0.0, gap=limits.gap))
+    _price(run)
     work_left = None
     if limits.work is not None:
         work_left = max(limits.work - run.work, 0) / STEPS

@@ -148,7 +148,7 @@ def check_budgets(budgets: Sequence[int]) -> None:
 def _bound(problem: Problem, current: Plan) -> float:
     """What no plan that receives no copy beats."""
     rules = [*problem.constraints, MaxMoves(current, total=0)]
-    return lower_bound(replace(problem, constraints=rules)).total
+    return lower_bound(replace(problem, constraints=rules), prices=False).total
 
 
 def undominated(points: Sequence[Point]) -> list[Point]:

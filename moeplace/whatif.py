@@ -356,7 +356,7 @@ class _Questions:
 
     def _swapped(self, rank: int, speed: float) -> float:
         changed = self._speed(rank, speed / float(self.problem.cluster.speeds[rank]))
-        return lower_bound(changed).total
+        return lower_bound(changed, prices=False).total
 
     def dispatch(self) -> Iterator[Answer]:
         """The other routing."""

@@ -72,7 +72,7 @@ def _as_if_even(run: Run, start: Plan | None) -> None:
     rules = [rule for rule in problem.constraints if not isinstance(rule, MaxOffNode)]
     even = replace(problem, routing="even", constraints=rules)
     one = Run(
-        even, lower_bound(even), part(run, 1.0, 1), time.perf_counter(), run.seed,
+        even, lower_bound(even, prices=False), part(run, 1.0, 1), time.perf_counter(), run.seed,
         run.workers, None, quota=run.quota,
     )  # fmt: skip
     try:
@@ -88,7 +88,7 @@ def _by_speeds(run: Run, start: Plan | None) -> None:
     problem = run.problem
     plain = linear(problem)
     one = Run(
-        plain, lower_bound(plain), part(run, LINEAR_SHARE, 1), time.perf_counter(),
+        plain, lower_bound(plain, prices=False), part(run, LINEAR_SHARE, 1), time.perf_counter(),
         run.seed, run.workers, None, quota=run.quota,
     )  # fmt: skip
     try:

@@ -105,7 +105,7 @@ def rehearse(
         constraints=rules,
     )
     limits = Limits(work=20_000, gap=0.0)
-    run = Run(problem, lower_bound(problem), limits, time.perf_counter(), 0, 1, None)
+    run = Run(problem, lower_bound(problem, prices=False), limits, time.perf_counter(), 0, 1, None)
     search(run, None)
     if near:  # a start plan is left where it does not do
         rehearse(weighted, several, False, grouped, rule, nonlinear)
