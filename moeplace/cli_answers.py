@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moeplace.claims import Bound
+from moeplace.clash import named
 from moeplace.cli_options import (
     INFEASIBLE,
     INTERRUPTED,
@@ -183,6 +184,7 @@ def _solved(given: Given, result: Result, rows: list[Row]) -> dict[str, Any]:
     return answer | {
         "method": result.method,
         "reason": result.reason,
+        "clash": [named(rule) for rule in result.clash],
         "seconds": result.seconds,
         "work": result.work,
         "sources": result.bound.sources,

@@ -2,10 +2,11 @@
 
 import numpy as np
 
-from moeplace._check import FloatArray
+from moeplace._check import BoolArray, FloatArray, IntArray
 from moeplace.bounds import NODES, PLANES, STAY, longest
 from moeplace.claims import Bound
 from moeplace.constraints import CAPACITY_SLACK, Forbid, Pin
+from moeplace.plan import EMPTY
 from moeplace.problem import Problem
 
 
@@ -81,6 +82,21 @@ def _counting(problem: Problem) -> str | None:
             f"{problem.layers} layers of {problem.experts} experts, pins counted, need {least} "
             f"replicas, and the budget is {budget}."
         )
+    rules = problem.max_moves
+    if rules is not None:
+        received = _least_received(problem)
+        over = received > rules.allowance()
+        if over.any():
+            first = int(over.argmax())
+            return (
+                f"layer {first}: pins and forbids need {received[first]} copies to be received, "
+                f"and at most {rules.allowance()[first]} may be."
+            )
+        if rules.total is not None and received.sum() > rules.total:
+            return (
+                f"pins and forbids need {received.sum()} copies to be received in all layers, and "
+                f"at most {rules.total} may be."
+            )
     most = problem.max_off_node
     if most is not None:
         least = least_off_node(problem)
@@ -114,6 +130,19 @@ def _counting(problem: Problem) -> str | None:
     return None
 
 
+def _least_received(problem: Problem) -> IntArray:
+    """Copies [layers] that any plan receives: pins, and experts that may stay nowhere."""
+    rules = problem.max_moves
+    assert rules is not None
+    layer, slot = np.nonzero(rules.current.slots != EMPTY)
+    held = np.zeros_like(problem.allowed)
+    held[layer, rules.current.slots[layer, slot], rules.current.rank_of_slot[slot]] = True
+    pinned = (problem.pinned & ~held).sum(axis=2)  # [layers, experts]
+    homeless = ~(held & problem.allowed).any(axis=2)
+    received: IntArray = np.maximum(pinned, homeless).sum(axis=1)
+    return received
+
+
 def least_off_node(problem: Problem) -> FloatArray:
     """Share of copies that leave their node under any plan, at least [windows, layers].
 
@@ -139,9 +168,11 @@ def _unmatched(
     problem: Problem, layer: int, free: np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 ) -> tuple[list[int], list[int], int] | None:
     """Experts and the only ranks open to them, if their free slots are too few."""
+    homeless = np.flatnonzero(~problem.pinned[layer].any(axis=1))
+    if _taken_in(problem.allowed[layer, homeless], free):
+        return None
     import networkx as nx  # only needed here, and slow to import
 
-    homeless = np.flatnonzero(~problem.pinned[layer].any(axis=1))
     graph: nx.DiGraph[object] = nx.DiGraph()
     for rank in range(problem.ranks):
         graph.add_edge(("rank", rank), "sink", capacity=int(free[rank]))
@@ -157,6 +188,20 @@ def _unmatched(
     experts = sorted(node[1] for node in side if node[0] == "expert")
     ranks = np.flatnonzero(problem.allowed[layer, experts].any(axis=0)).tolist()
     return experts, ranks, int(free[ranks].sum())
+
+
+def _taken_in(allowed: BoolArray, free: IntArray) -> bool:
+    """Whether each expert [experts, ranks] finds a slot one by one, those with least choice first.
+
+    If not, they may still all find one.
+    """
+    left = free.copy()
+    for row in allowed[np.argsort(allowed.sum(axis=1), kind="stable")]:
+        rank = int(np.where(row, left, 0).argmax())
+        if not row[rank] or left[rank] <= 0:
+            return False
+        left[rank] -= 1
+    return True
 
 
 def _some(ids: list[int]) -> str:

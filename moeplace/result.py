@@ -7,6 +7,7 @@ import numpy as np
 
 from moeplace._check import FloatArray
 from moeplace.claims import Bound, layer_floor
+from moeplace.constraints import Constraint
 from moeplace.errors import MoeplaceError, ProblemError, SolverError
 from moeplace.evaluate import Evaluation
 from moeplace.plan import Plan
@@ -118,6 +119,8 @@ class Result:
         Search steps used.
     reason : str
         Why there is no plan.
+    clash : tuple of constraints
+        Rules that exclude each other, if the status is infeasible and they were found.
     """
 
     problem: Problem
@@ -129,6 +132,7 @@ class Result:
     seconds: float
     work: int = 0
     reason: str = ""
+    clash: tuple[Constraint, ...] = ()
 
     @property
     def plan(self) -> Plan:

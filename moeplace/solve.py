@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from moeplace.bounds import EXHAUSTIVE, FEW, lifted_bound, longest, lower_bound
+from moeplace.clash import Clash, contradict, sought
+from moeplace.clash import Search as RuleSearch
 from moeplace.dual_bound import DUAL, price_layers, pricing_seconds, worth_pricing
 from moeplace.errors import PolicyNotApplicable, ProblemError
 from moeplace.evaluate import Evaluation, evaluate
@@ -37,6 +39,9 @@ SMALL = 300
 NODES, PACE = 10_000_000, 20_000_000
 #: Deterministic seconds of CP-SAT for a tiny layer in several windows.
 ASKED = 1.0
+#: Shares of the time limit: after which a search without a plan is broken off to see whether rules
+#: clash, and which is left to go on after that.
+PATIENCE, RETRY_SHARE = 0.6, 0.15
 #: Seconds a layer from which the bound on few moves is searched deeper, and by when that ends.
 DEEP, PROOF_SHARE = 0.5, 0.5
 #: Time for one round of prices of all layers, as a share of the limit, up to which it comes early;
@@ -160,11 +165,17 @@ def solve(
     if worth_pricing(problem):
         import scipy.optimize  # noqa: F401 - loaded before the clock starts
     if method in EXACT or (method == "auto" and _small(problem) and problem.windows > 1):
+        from moeplace.exact.load import load_ortools
+
+        load_ortools()
         import ortools.sat.python.cp_model  # noqa: F401 - loaded before the clock starts
     began = time.perf_counter()
     bound = lower_bound(problem, time_limit, prices=False)
     reason = explain_infeasible(problem) or refuted(problem, bound)
+    until = None if time_limit is None else began + time_limit
+    rules = RuleSearch(problem, until, seed)  # which of them clash
     if reason is not None:
+        clash = rules.known(reason)
         return Result(
             problem=problem,
             method=method,
@@ -173,7 +184,8 @@ def solve(
             evaluation=None,
             limits=limits,
             seconds=time.perf_counter() - began,
-            reason=reason,
+            reason=str(clash or reason),
+            clash=() if clash is None else clash.rules,
         )
     if method in POLICIES:
         run = Run(problem, bound, limits, began, seed, workers, progress, _policy(problem, method))
@@ -183,12 +195,20 @@ def solve(
     ends = replace(limits, gap=max(gap, OPTIMAL_GAP / 2))  # then no more can be proven
     run = Run(problem, bound, ends, began, seed, workers, progress)
     interrupted = False
-    claimed = False
+    clash, claim = None, ""
     try:
         if method == "auto":
-            _auto(run, start)
+            clash = _auto(run, start, rules)
         else:
-            claimed = _exact(run, start, method, warm_start, solver_options or {}, solver_log)
+            if start is not None:
+                run.offer(start, "The start plan")
+            if warm_start == "auto":
+                clash = _warm_start(run, start, rules)
+            options = solver_options or {}
+            if clash is None and _exact(run, start, method, warm_start, options, solver_log):
+                claim = f"{method} claims that no plan obeys all rules (its word, not checked)"
+                clash = rules.find()
+                contradict(run, rules, method)
     except KeyboardInterrupt:
         if run.best is None:
             raise
@@ -200,23 +220,41 @@ def solve(
     spent = time.perf_counter() - began
     if run.best is not None:
         return finish(problem, method, run.bound, run.best, limits, spent, run.work, interrupted)
-    reason = _none_found(run)
-    if claimed:
-        reason = f"{method} claims that no plan obeys all constraints (its word, not checked)"
+    reason = str(clash or claim or _none_found(run))
     return Result(
         problem=problem,
         method=method,
-        status=Status.INFEASIBLE if claimed else Status.NONE_IN_TIME,
+        status=Status.INFEASIBLE if clash or claim else Status.NONE_IN_TIME,
         bound=run.bound,
         evaluation=None,
         limits=limits,
         seconds=spent,
         work=run.work,
         reason=reason,
+        clash=() if clash is None else clash.rules,
     )
 
 
-def _auto(run: "Run", start: Plan | None) -> None:
+def _auto(run: "Run", start: Plan | None, rules: RuleSearch) -> Clash | None:
+    """Our search; where that finds no plan for a while, whether rules clash, and the search again.
+
+    A clash rests on CP-SAT's word, unless it can be counted.
+    """
+    if not run.problem.constraints:
+        _searched_and_proven(run, start)
+        return None
+    run.patience = PATIENCE
+    _searched_and_proven(run, start)
+    run.patience = 1.0
+    if run.best is not None:
+        return None
+    clash = sought(run, rules, 1 - RETRY_SHARE)
+    if clash is None and (run.best is not None or run.limits.time is not None):
+        _searched(run, start if run.best is None else run.best.plan, _rest(run))
+    return clash
+
+
+def _searched_and_proven(run: "Run", start: Plan | None) -> None:
     """The portfolio; then proofs, where few replicas may exist or move, and the portfolio again."""
     from moeplace.bounds import few_moves
 
@@ -256,10 +294,14 @@ def _auto(run: "Run", start: Plan | None) -> None:
             run.bound = lifted_bound(problem, run.bound, lifted, FEW)
     if run.best is not None and not run.open.any():
         return
-    rest = run.limits
-    if run.steps < float("inf"):
-        rest = replace(rest, work=max(int(run.steps) - run.work, 0))
-    _searched(run, start if run.best is None else run.best.plan, rest)
+    _searched(run, start if run.best is None else run.best.plan, _rest(run))
+
+
+def _rest(run: "Run") -> Limits:
+    """What is left of the work; time is counted from the call."""
+    if run.steps == float("inf"):
+        return run.limits
+    return replace(run.limits, work=max(int(run.steps) - run.work, 0))
 
 
 def _price(run: "Run", late: bool = False) -> None:
@@ -358,6 +400,7 @@ def _searched(run: "Run", start: Plan | None, limits: Limits) -> None:
     stage = Run(
         run.problem, run.bound, limits, run.began, run.seed, run.workers, run.progress, run.best
     )
+    stage.patience = run.patience
     try:
         search(stage, start)
     finally:
@@ -365,6 +408,16 @@ def _searched(run: "Run", start: Plan | None, limits: Limits) -> None:
             run.best = stage.best
         run.nearest = stage.nearest
         run.work += stage.work
+
+
+def _warm_start(run: "Run", start: Plan | None, rules: RuleSearch) -> Clash | None:
+    """A plan for an exact method to begin with; if our search finds none, whether rules clash."""
+    limits = run.limits
+    steps = 200_000 * run.problem.layers
+    work = steps if limits.work is None else int(WARM_SHARE * limits.work)
+    time_limit = None if limits.time is None else WARM_SHARE * limits.time
+    _searched(run, start, Limits(time=time_limit, work=work, gap=limits.gap))
+    return sought(run, rules, 2 * WARM_SHARE)
 
 
 def _exact(
@@ -380,13 +433,7 @@ def _exact(
     from moeplace.exact.solvers import SOLVERS
 
     problem, limits = run.problem, run.limits
-    if start is not None:
-        run.offer(start, "The start plan")
-    if warm_start == "auto":
-        work = 200_000 * problem.layers if limits.work is None else int(WARM_SHARE * limits.work)
-        time_limit = None if limits.time is None else WARM_SHARE * limits.time
-        _searched(run, start, Limits(time=time_limit, work=work, gap=limits.gap))
-    elif warm_start == "greedy":
+    if warm_start == "greedy":
         with suppress(PolicyNotApplicable):
             run.offer(POLICIES["eplb"](problem))
     elif warm_start == "lpt":

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from moeplace.errors import ProblemError, SolverError
+from moeplace.exact.load import load_pulp
 from moeplace.exact.model import Model
 from moeplace.exact.solvers import Answer, Request, lowered
 
@@ -23,8 +24,7 @@ NO_OPTION = "(No match for|.* is illegal for .* parameter)"
 
 def to_pulp(model: Model, hint: Any = None) -> tuple[Any, list[Any]]:
     """The model and its variables in PuLP's terms; `hint` [columns] as initial values."""
-    import pulp
-
+    pulp = load_pulp()
     made = pulp.LpProblem("moeplace", pulp.LpMinimize)
     variables = []
     for n, name in enumerate(model.columns):
@@ -66,8 +66,7 @@ def solve(model: Model, request: Request) -> Answer:
     PuLP's own status says Optimal at a time limit, and it passes no bound on: CBC's log says how
     it ended, and its bound. It runs apart from the terminal, so that Ctrl-C reaches it once.
     """
-    import pulp
-
+    pulp = load_pulp()
     with tempfile.TemporaryDirectory(prefix="moeplace-cbc-") as folder:
         mps, start, log, solution = (
             str(Path(folder) / name) for name in ("model.mps", "start.mst", "cbc.log", "cbc.sol")

@@ -6,6 +6,7 @@ import numpy as np
 
 from moeplace._check import FloatArray
 from moeplace.errors import ProblemError, SolverError
+from moeplace.exact.load import load_ortools
 from moeplace.exact.model import Model
 from moeplace.exact.solvers import Answer, Request
 
@@ -35,6 +36,7 @@ def to_integers(model: Model) -> tuple[Any, list[Any], float, FloatArray]:
     model, variables, factor, steps
         The CP-SAT objective times `factor` is at most cost . x; steps q [columns].
     """
+    load_ortools()
     from ortools.sat.python import cp_model
 
     made = cp_model.CpModel()
@@ -90,6 +92,7 @@ def to_integers(model: Model) -> tuple[Any, list[Any], float, FloatArray]:
 
 def solve(model: Model, request: Request) -> Answer:
     """Solve by CP-SAT; its bound holds for `model` since the rounding only relaxes."""
+    load_ortools()
     from ortools.sat.python import cp_model
 
     made, variables, factor, steps = to_integers(model)

@@ -1,4 +1,4 @@
-"""HiGHS and GSCIP through OR-Tools' MathOpt (never through highspy: the two clash)."""
+"""HiGHS and GSCIP through OR-Tools' MathOpt (never through highspy: see `load`)."""
 
 import datetime as dt
 from collections.abc import Sequence
@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 
 from moeplace.errors import ProblemError, SolverError
+from moeplace.exact.load import load_highs, load_ortools
 from moeplace.exact.model import Model
 from moeplace.exact.solvers import Answer, Request, lowered
 
 
 def to_mathopt(model: Model) -> tuple[Any, list[Any]]:
     """The model and its variables in MathOpt's terms."""
+    load_ortools()
     from ortools.math_opt.python import mathopt
 
     made = mathopt.Model()
@@ -43,6 +45,8 @@ def to_mathopt(model: Model) -> tuple[Any, list[Any]]:
 
 def solve(model: Model, request: Request, kind: str) -> Answer:
     """Solve by the MathOpt solver `kind`; its dual bound is lowered by the tolerances."""
+    if kind == "HIGHS":
+        load_highs()
     from ortools.math_opt.python import mathopt
     from ortools.util.python.solve_interrupter import SolveInterrupter
 

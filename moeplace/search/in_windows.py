@@ -97,8 +97,9 @@ def all_windows(
             run.offer(state.plan(problem))
         if problem.objective == "worst":
             steps = evaluate(problem, state.plan(problem)).step_seconds
-            weight /= 1 + 20 * (1 - steps / steps.max())  # no exp: its last bit differs by CPU
-            weight /= weight.sum()
+            if steps.max() > 0:
+                weight /= 1 + 20 * (1 - steps / steps.max())  # no exp: its last bit differs by CPU
+                weight /= weight.sum()
         elif problem.objective == "cvar":
             steps = evaluate(problem, state.plan(problem)).step_seconds
             weight += RISK_STEP * (problem.risk_weight(steps) - weight)  # no jumps to and fro

@@ -44,10 +44,13 @@ class Run:
     from_start: bool = False  # then layers within the gap stay as they are: fewer moves
     quota: IntArray | None = None  # most replicas in each layer [layers], if that is limited
     nearest: Evaluation | None = None  # its tokens break rules; until one is legal
+    patience: float = 1.0  # share of the time limit without a plan, after which it is given up
 
     def late(self, share: float = 1.0) -> bool:
         """Whether the time, or a share of it, is up."""
         limit = self.limits.time
+        if self.best is None:
+            share *= self.patience
         return limit is not None and self.seconds >= limit * share
 
     @property
