@@ -13,12 +13,14 @@ import pytest
 from moeplace import (
     bench_case,
     bench_dispatch,
+    bench_formulations,
     bench_hard,
     bench_latency,
     bench_live,
     bench_methods,
     bench_scale,
     bench_search,
+    bench_symmetry,
     cli,
     instances,
 )
@@ -72,6 +74,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     monkeypatch.setattr(bench_search, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(bench_hard, "SHAPE", (1, 64, 72, 32))
     monkeypatch.setattr(bench_hard, "SECONDS", 0.3)
+    monkeypatch.setattr(bench_formulations, "SHAPES", ((4, 5, 2),))
+    monkeypatch.setattr(bench_symmetry, "CASES", (((4, 4, 2), None), ((4, 5, 2), 6)))
+    for module in (bench_formulations, bench_symmetry):
+        monkeypatch.setattr(module, "SEEDS", REPORT_SEEDS[:2])
+        monkeypatch.setattr(module, "SECONDS", 1.0)
     monkeypatch.setattr(bench_case.run, "__defaults__", (REPORT_SEEDS[:2], "auto"))
     return heard
 
