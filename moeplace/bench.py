@@ -9,6 +9,7 @@ from moeplace.bench_dispatch import dispatch, traffic
 from moeplace.bench_formulations import formulations
 from moeplace.bench_hard import hard
 from moeplace.bench_latency import decode_prefill, latency
+from moeplace.bench_lns import lns
 from moeplace.bench_methods import held_out, methods, node_groups, spread
 from moeplace.bench_scale import scale
 from moeplace.bench_search import ablation, few_spares, growth
@@ -36,6 +37,7 @@ SUITES: dict[str, Callable[[Path], Iterator[Row]]] = {
     "solvers": solvers,
     "formulations": formulations,
     "symmetry": symmetry,
+    "lns": lns,
     "dispatch": dispatch,
     "traffic": traffic,
     "scale": scale,

@@ -16,7 +16,7 @@ import numpy as np
 from scipy import sparse
 from scipy.optimize import linprog
 
-from moeplace._check import FloatArray
+from moeplace._check import BoolArray, FloatArray
 from moeplace.bench_case import REPORT_SEEDS, Row
 from moeplace.bounds import lower_bound
 from moeplace.errors import SolverError
@@ -25,7 +25,7 @@ from moeplace.exact.layer import Builder, Layer
 from moeplace.exact.model import Model, build, cutoffs
 from moeplace.exact.solvers import SOLVERS, Request
 from moeplace.instances import generate
-from moeplace.plan import Plan
+from moeplace.plan import EMPTY, Plan
 from moeplace.problem import Problem
 from moeplace.solve import solve
 
@@ -104,15 +104,33 @@ def product_values(model: Model, problem: Problem, plan: Plan) -> FloatArray:
     values = np.zeros(model.cost.size)
     places = {name: n for n, name in enumerate(model.columns)}
     values[places["T"]] = evaluate(problem, plan).makespan[0, 0] / model.unit
-    copies = plan.replicas[0]
+    held = placed(problem, plan)
+    copies = held.sum(axis=1)
     for expert in range(problem.experts):
         values[places[f"s_e{expert}"]] = 1.0 / copies[expert]
-    used = plan.slots[0] >= 0
-    pairs = zip(plan.slots[0][used].tolist(), plan.rank_of_slot[used].tolist(), strict=True)
-    for expert, rank in pairs:
+    for expert, rank in np.argwhere(held).tolist():
         values[places[f"x_e{expert}_g{rank}"]] = 1.0
         values[places[f"y_e{expert}_g{rank}"]] = 1.0 / copies[expert]
     return values
+
+
+def placed(problem: Problem, plan: Plan) -> BoolArray:
+    """Replicas [experts, ranks] of a plan of one layer."""
+    held = np.zeros((problem.experts, problem.ranks), dtype=np.bool_)
+    row = plan.slots[0]
+    held[row[row >= 0], plan.rank_of_slot[row >= 0]] = True
+    return held
+
+
+def plan_of(problem: Problem, held: BoolArray) -> Plan:
+    """The plan of one layer with replicas `held` [experts, ranks]."""
+    slots = problem.cluster.slots
+    row = np.full(int(slots.sum()), EMPTY)
+    first = np.cumsum(slots) - slots
+    for rank in range(problem.ranks):
+        mine = np.flatnonzero(held[:, rank])
+        row[first[rank] : first[rank] + mine.size] = mine
+    return Plan(slots=row[None], rank_slots=slots, experts=problem.experts)
 
 
 def hint(model: Model, problem: Problem, plan: Plan) -> FloatArray:

@@ -15,13 +15,13 @@ import numpy as np
 from scipy import sparse
 
 from moeplace.bench_case import REPORT_SEEDS, Row
-from moeplace.bench_formulations import STEPS, attempt, told
+from moeplace.bench_formulations import STEPS, attempt, placed, plan_of, told
 from moeplace.bounds import lower_bound
 from moeplace.evaluate import evaluate
 from moeplace.exact.model import Model, build, cutoffs
 from moeplace.instances import generate
 from moeplace.loads import LoadHistogram
-from moeplace.plan import EMPTY, Plan
+from moeplace.plan import Plan
 from moeplace.problem import Problem
 from moeplace.solve import solve
 
@@ -101,9 +101,7 @@ def ordered(model: Model, problem: Problem, ranks: bool, experts: bool) -> Model
 
 def relabelled(problem: Problem, plan: Plan) -> Plan:
     """The same plan of a plain layer, equal ranks and experts in the order of `ordered`."""
-    held = np.zeros((problem.experts, problem.ranks), dtype=np.bool_)
-    row = plan.slots[0]
-    held[row[row >= 0], plan.rank_of_slot[row >= 0]] = True
+    held = placed(problem, plan)
     tokens = (problem.tokens[0, 0] / held.sum(axis=1)) @ held
     ranks, experts = alike(problem)
     for group in ranks:
@@ -111,11 +109,7 @@ def relabelled(problem: Problem, plan: Plan) -> Plan:
     number = held @ np.arange(1, problem.ranks + 1)
     for group in experts:
         held[group] = held[[group[n] for n in np.argsort(number[group], kind="stable")]]
-    slots = np.full(row.size, EMPTY)
-    for rank in range(problem.ranks):
-        mine = np.flatnonzero(held[:, rank])
-        slots[np.flatnonzero(plan.rank_of_slot == rank)[: mine.size]] = mine
-    return Plan(slots=slots[None], rank_slots=plan.rank_slots, experts=plan.experts)
+    return plan_of(problem, held)
 
 
 def symmetry(instances: Path) -> Iterator[Row]:

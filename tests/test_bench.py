@@ -17,6 +17,7 @@ from moeplace import (
     bench_hard,
     bench_latency,
     bench_live,
+    bench_lns,
     bench_methods,
     bench_scale,
     bench_search,
@@ -75,8 +76,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     monkeypatch.setattr(bench_hard, "SHAPE", (1, 64, 72, 32))
     monkeypatch.setattr(bench_hard, "SECONDS", 0.3)
     monkeypatch.setattr(bench_formulations, "SHAPES", ((4, 5, 2),))
+    monkeypatch.setattr(bench_lns, "SHAPES", ((32, 32, 8), (32, 40, 8)))
     monkeypatch.setattr(bench_symmetry, "CASES", (((4, 4, 2), None), ((4, 5, 2), 6)))
-    for module in (bench_formulations, bench_symmetry):
+    for module in (bench_formulations, bench_symmetry, bench_lns):
         monkeypatch.setattr(module, "SEEDS", REPORT_SEEDS[:2])
         monkeypatch.setattr(module, "SECONDS", 1.0)
     monkeypatch.setattr(bench_case.run, "__defaults__", (REPORT_SEEDS[:2], "auto"))
