@@ -30,7 +30,7 @@ from moeplace.problem import Problem
 from moeplace.solve import solve
 
 #: Experts, slots, ranks.
-SHAPES = ((8, 10, 3), (12, 16, 4), (24, 30, 6), (64, 72, 8))
+SHAPES = ((8, 10, 3), (10, 12, 3), (12, 16, 4), (24, 30, 6), (64, 72, 8))
 SEEDS = REPORT_SEEDS
 #: Seconds of a solver.
 SECONDS = 3.0

@@ -231,13 +231,13 @@ def test_a_target_is_met_by_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cp_sat_tells_when_it_first_came_near(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_solvers, "SECONDS", 2.0)
+    monkeypatch.setattr(bench_solvers, "SECONDS", 60.0)  # proven in half a second
     aim = bench_solvers.Aim(shape=(1, 12, 12, 3), seconds=0.05, gap=None)
     found = bench_solvers._cold(aim.problem(100))
     assert 0 < found.when[0] <= found.when[1]
-    assert found.when[0] < float("inf")  # 12 experts on 3 ranks: half a second
+    assert found.when[0] < float("inf")
     assert 0 <= found.gap < float("inf")
-    assert 0 <= found.bound < 1 + found.gap + 1e-6
+    assert 1 <= found.bound < 1.01
 
 
 # Tables
