@@ -6,12 +6,15 @@ from pathlib import Path
 from moeplace import bench_live
 from moeplace.bench_case import Row, real, targets
 from moeplace.bench_dispatch import dispatch, traffic
+from moeplace.bench_formulations import formulations
 from moeplace.bench_hard import hard
 from moeplace.bench_latency import decode_prefill, latency
+from moeplace.bench_lns import lns
 from moeplace.bench_methods import held_out, methods, node_groups, spread
 from moeplace.bench_scale import scale
 from moeplace.bench_search import ablation, few_spares, growth
 from moeplace.bench_solvers import solvers
+from moeplace.bench_symmetry import symmetry
 from moeplace.errors import ProblemError
 
 SUITES: dict[str, Callable[[Path], Iterator[Row]]] = {
@@ -32,6 +35,9 @@ SUITES: dict[str, Callable[[Path], Iterator[Row]]] = {
     "robust": bench_live.robust,
     "hard": hard,
     "solvers": solvers,
+    "formulations": formulations,
+    "symmetry": symmetry,
+    "lns": lns,
     "dispatch": dispatch,
     "traffic": traffic,
     "scale": scale,

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,16 @@ import pytest
 from moeplace import (
     bench_case,
     bench_dispatch,
+    bench_formulations,
     bench_hard,
     bench_latency,
     bench_live,
+    bench_lns,
     bench_methods,
     bench_scale,
     bench_search,
+    bench_solvers,
+    bench_symmetry,
     cli,
     instances,
 )
@@ -73,6 +78,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     monkeypatch.setattr(bench_hard, "SHAPE", (1, 64, 72, 32))
     monkeypatch.setattr(bench_hard, "SECONDS", 0.3)
     monkeypatch.setattr(bench_hard, "FIRST", 0.1)
+    monkeypatch.setattr(bench_formulations, "SHAPES", ((4, 5, 2),))
+    for name, shape in (("LAYERS", (1, *TINY[1:])), ("MODELS", TINY)):
+        aims = [replace(aim, shape=shape, seconds=0.05) for aim in getattr(bench_solvers, name)]
+        monkeypatch.setattr(bench_solvers, name, aims)
+    monkeypatch.setattr(bench_solvers, "SECONDS", 0.3)
+    monkeypatch.setattr(bench_solvers, "REPORT_SEEDS", REPORT_SEEDS[:2])
+    monkeypatch.setattr(bench_lns, "SHAPES", ((32, 32, 8), (32, 40, 8)))
+    monkeypatch.setattr(bench_symmetry, "CASES", (((4, 4, 2), None), ((4, 5, 2), 6)))
+    for module in (bench_formulations, bench_symmetry, bench_lns):
+        monkeypatch.setattr(module, "SEEDS", REPORT_SEEDS[:2])
+        monkeypatch.setattr(module, "SECONDS", 1.0)
     monkeypatch.setattr(bench_case.run, "__defaults__", (REPORT_SEEDS[:2], "auto"))
     return heard
 
@@ -116,7 +132,7 @@ def shipped(tmp_path: Path) -> Path:
 
 def some_rows(name: str, folder: Path) -> list[Row]:
     """The first rows of a suite, as many as tell its kinds of cases apart."""
-    number = {"targets": 40, "methods": 5, "spread": 7, "held-out": 4}.get(name, 2)
+    number = {"targets": 40, "methods": 5, "spread": 7, "held-out": 4, "solvers": 20}.get(name, 2)
     return list(islice(SUITES[name](folder), number))
 
 
@@ -201,6 +217,28 @@ def test_planning_and_scoring_windows_are_apart(shipped: Path) -> None:
 def test_few_spares_have_as_many_as_they_say(calls: Calls) -> None:
     for spares in (16, 4, 0):
         assert bench_search.spared("A", 100, spares).cluster.total_slots == TINY[1] + spares
+
+
+def test_a_target_is_met_by_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
+    aim = bench_solvers.Aim(shape=TINY, seconds=0.05, gap=1e9)
+    problems = [aim.problem(seed) for seed in (100, 101, 102)]
+    gaps = iter([1e-3, 5e-2, 1e-5, 1e-3, 5e-2, 1e-5])
+    monkeypatch.setattr(bench_solvers, "_gap", lambda _: next(gaps))
+    row = bench_solvers._ours(replace(aim, gap=2e-3), problems)
+    assert (row["gap of auto"], row["worst seed"]) == ("1.0e-03", "5.0e-02")
+    assert (row["target"], row["met"]) == ("2e-03", "yes")
+    assert bench_solvers._ours(replace(aim, gap=1e-4), problems)["met"] == "no"
+    assert row["case"] == "2 x 32 / 40 / 8 even"
+
+
+def test_cp_sat_tells_when_it_first_came_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_solvers, "SECONDS", 60.0)  # proven in half a second
+    aim = bench_solvers.Aim(shape=(1, 12, 12, 3), seconds=0.05, gap=None)
+    found = bench_solvers._cold(aim.problem(100))
+    assert 0 < found.when[0] <= found.when[1]
+    assert found.when[0] < float("inf")
+    assert 0 <= found.gap < float("inf")
+    assert 1 <= found.bound < 1.01
 
 
 # Tables

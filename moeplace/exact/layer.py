@@ -25,13 +25,9 @@ class LayerColumns:
     layer: int
     time: list[int]  # [windows] columns of T, -1 where no plan changes it
     unit: FloatArray  # [windows]
-    window: int  # the one with most tokens, by which equal ranks are ordered
     place: IntArray  # weighted: [experts, ranks] columns of x, -1 where none
     share: IntArray  # weighted: [windows, experts, ranks] columns of y, -1 where none
-    load: FloatArray  # [experts] in that window
     level: list[tuple[IntArray, int]]  # of each expert: fewest copies [levels], column of z or -1
-    top: list[IntArray]  # most copies [levels]
-    alike: list[list[int]]  # ranks that may be exchanged
     at: dict[tuple[int, int], IntArray]  # (expert, level) -> [ranks] columns, -1 where none
     options: dict[int, list[tuple[int, frozenset[int], int]]]  # column, kept ranks, received
     node: IntArray | None  # [groups, nodes] columns
@@ -50,15 +46,6 @@ class LayerColumns:
         held[used, at] = True
         share = np.zeros((len(self.time), *held.shape))
         share[:, used, at] = split[:, row >= 0]
-        tokens = self.load @ share[self.window]
-        if self.level:  # of joined levels the model sees the smallest share
-            copies = held.sum(axis=1)
-            most = [tops[self._level(e, copies[e])] for e, tops in enumerate(self.top)]
-            tokens = (self.load / most) @ held
-        for ranks in self.alike:  # in the order that the model asks for
-            order = np.argsort(-tokens[ranks], kind="stable")
-            held[:, ranks] = held[:, [ranks[n] for n in order]]
-            share[:, :, ranks] = share[:, :, [ranks[n] for n in order]]
         for expert, options in self.options.items():
             here = frozenset(np.flatnonzero(held[expert]).tolist())
             before = frozenset[int]().union(*(kept for _, kept, _ in options))
@@ -171,9 +158,6 @@ class Layer:
         self.place = np.full((problem.experts, problem.ranks), -1)
         self.share = np.full((problem.windows, problem.experts, problem.ranks), -1)
         self.level: list[tuple[IntArray, int]] = []
-        self.top: list[IntArray] = []  # most copies of each level
-        self.alike: list[list[int]] = []
-        self.window = int(self.tokens.sum(axis=1).argmax())
         self.at: dict[tuple[int, int], IntArray] = {}
         self.options: dict[int, list[tuple[int, frozenset[int], int]]] = {}
         self.carry: list[list[tuple[int, int, int]]] = [[] for _ in range(problem.ranks)]
@@ -184,7 +168,7 @@ class Layer:
             row = rules.current.slots[layer]
             self.old[row[row >= 0], rules.current.rank_of_slot[row >= 0]] = True
 
-    def add(self, symmetry: bool) -> None:
+    def add(self) -> None:
         """All columns and rows of the layer."""
         problem, make, layer = self.problem, self.make, self.layer
         for window in np.flatnonzero(self.busy).tolist():
@@ -204,8 +188,6 @@ class Layer:
         self._slots()
         self._rules()
         self._times()
-        if symmetry:
-            self._symmetry()
 
     def _never(self, name: str) -> None:
         """A row that no solution obeys: what it is named for excludes every plan."""
@@ -224,13 +206,9 @@ class Layer:
             layer=int(self.layer),
             time=self.time,
             unit=self.unit,
-            window=self.window,
-            alike=[ranks for ranks in self.alike if len(ranks) > 1],
             place=self.place,
             share=self.share,
-            load=self.tokens[self.window],
             level=self.level,
-            top=self.top,
             at=self.at,
             options=self.options,
             node=self.node,
@@ -254,7 +232,6 @@ class Layer:
             first, last = int(least[expert]), int(most[expert])
             if self._from_current(expert, first, last):
                 self.level.append((np.arange(first, last + 1), -1))
-                self.top.append(np.arange(first, last + 1))
                 continue
             counts = np.arange(first, last + 1)
             if columns > COLUMNS:
@@ -267,7 +244,6 @@ class Layer:
                 chosen = z + np.arange(counts.size)
                 make.row(f"count_l{layer}_e{expert}", chosen, 1.0, 1.0, 1.0)
             self.level.append((counts, z))
-            self.top.append(tops)
             for n, (count, top) in enumerate(zip(counts.tolist(), tops.tolist(), strict=True)):
                 columns_of = np.full(problem.ranks, -1)
                 heavy = self._too_heavy(expert, top)
@@ -496,32 +472,3 @@ class Layer:
                     scale = capacity if capacity > 0 else 1.0
                     room = (capacity - base) / scale
                     make.row(f"capacity_{name}", columns, tokens / scale, -np.inf, room)
-
-    def _symmetry(self) -> None:
-        """Order ranks that are alike by the tokens that they run."""
-        problem, make = self.problem, self.make
-        speeds, nodes = problem.cluster.speeds, problem.cluster.nodes
-        assert nodes is not None
-        grouped = problem.node_groups is not None
-        window = self.window
-        alike: dict[tuple[Any, ...], list[int]] = {}
-        for rank in np.flatnonzero(self.caps > 0).tolist():
-            kind = (
-                speeds[rank],
-                self.caps[rank],
-                problem.capacity[rank],
-                self.base[:, rank].tobytes(),
-                self.allowed[:, rank].tobytes(),
-                self.pinned[:, rank].tobytes(),
-                self.old[:, rank].tobytes(),
-                nodes[rank] if grouped else 0,
-            )
-            alike.setdefault(kind, []).append(int(rank))
-            if len(alike[kind]) > 1 and self.busy[window]:
-                other = alike[kind][-2]
-                one, first, _ = self._carried(window, other)
-                two, second, _ = self._carried(window, rank)
-                scale = self.unit[window] * speeds[rank]
-                value = np.concatenate([first, -second]) / scale
-                make.row(f"ranks_l{self.layer}_g{other}_g{rank}", [*one, *two], value, 0.0, np.inf)
-        self.alike = list(alike.values())

@@ -135,7 +135,6 @@ def build(
     window_weight: FloatArray | None = None,
     move_price: float = 0.0,
     replica_price: float = 0.0,
-    symmetry: bool = True,
 ) -> Model:
     """Formulate some layers of a problem.
 
@@ -155,8 +154,6 @@ def build(
     move_price, replica_price : float
         Seconds charged for each copy received and each replica, instead of the rules over all
         layers.
-    symmetry : bool
-        Whether equal ranks and equal experts are ordered.
 
     Raises
     ------
@@ -187,7 +184,7 @@ def build(
     replicas: list[int] = []
     for layer in layers:
         block = Layer(problem, layer, bound[:, layer], cutoff[:, layer], make)
-        block.add(symmetry)
+        block.add()
         blocks.append(block.columns())
         held.append(np.array(block.held, dtype=np.int64).reshape(-1, 4))
         scale = problem.layer_weight[layer]

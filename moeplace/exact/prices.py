@@ -68,10 +68,7 @@ def shadow_prices(problem: Problem, plan: Plan | None = None) -> Prices:
     objective = np.zeros(problem.layers)
     free = np.full(problem.fluid.shape, np.inf)
     for layer in range(problem.layers):
-        model = build(
-            problem, [layer], problem.fluid, free,
-            window_weight=problem.window_weight, symmetry=False,
-        )  # fmt: skip
+        model = build(problem, [layer], problem.fluid, free, window_weight=problem.window_weight)
         objective[layer] = _layer(model, problem, layer, plan, token, slot, speed)
     return Prices(objective=objective, token=token, slot=slot, speed=speed)
 

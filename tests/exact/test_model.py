@@ -19,7 +19,7 @@ from moeplace.problem import Problem
 from moeplace.search.split import at_best_shares
 from moeplace.solve import solve
 from tests.brute_force import optimum
-from tests.exact.cases import featured, with_planes
+from tests.exact.cases import featured
 from tests.strategies import legal_plans, tiny_problems
 from tests.test_solve import shaped
 
@@ -116,17 +116,6 @@ def test_what_is_no_dearer_lies_within_the_cutoffs(
         assert (other.makespan[:, mean] <= cut[:, mean]).all()
     elif other.objective <= best.objective:
         assert (other.makespan <= cut).all()
-
-
-@given(st.one_of(featured("all"), with_planes("even"), with_planes("weighted")))
-def test_symmetry_breaking_keeps_the_optimum(one: Problem) -> None:
-    bounds = []
-    for symmetry in (True, False):
-        model = whole(one, symmetry=symmetry)
-        answer = SOLVERS["cp-sat"].solve(model, Request(gap=1e-7, seconds=5))
-        assume(answer.ended != "limit")
-        bounds.append(answer.bound)
-    assert bounds[0] == pytest.approx(bounds[1], rel=1e-6, abs=1e-6)
 
 
 @given(tiny_problems(routing="even", max_experts=3, max_ranks=6))
