@@ -21,7 +21,7 @@ from moeplace.arguments import (
     units_of,
     usable_slots,
 )
-from moeplace.claims import Bound, Prices, claimed
+from moeplace.claims import EXHAUSTIVE, Bound, Claim, Prices, claimed, own
 from moeplace.dual_bound import DUAL, Priced, price_layers, worth_pricing
 from moeplace.errors import CertificateError
 from moeplace.evaluate import evaluate
@@ -37,8 +37,8 @@ NODES, STAY, FEW = "nodes: ", "moves", "few moves"
 MOST_MOVES, MOVES_SHARE = 8, 0.6
 #: Source of bounds by every way to share groups out over nodes.
 GROUPS = "groups on nodes"
-#: Sources of bounds by the latency planes, and by trying every placement of a tiny layer.
-PLANES, EXHAUSTIVE = "planes", "exhaustive"
+#: Source of bounds by the latency planes.
+PLANES = "planes"
 
 
 def lower_bound(problem: Problem, time_limit: float | None = None, *, prices: bool = True) -> Bound:
@@ -151,7 +151,7 @@ def lifted_bound(
         total=max(total, believed),
         coupled=shared > alone,
         claims=bound.claims,
-        proven=total,
+        proven=max(total, claimed(problem, per_layer, own(bound.claims))),
         prices={**bound.prices, **(prices or {})},
     )
 
@@ -159,7 +159,8 @@ def lifted_bound(
 def recompute(problem: Problem, bound: Bound) -> None:
     """Check a bound from the problem alone; silent if every argument holds.
 
-    Solvers' claims are not arguments: only that `total` follows from them is checked.
+    Solvers' claims are not arguments: only that `total` follows from them is checked. Those of the
+    exhaustive search are checked by searching again.
 
     Raises
     ------
@@ -221,6 +222,13 @@ def recompute(problem: Problem, bound: Bound) -> None:
     total = problem.total(bound.per_layer)
     if bound.coupled and problem.max_moves is not None:
         total = max(total, _shared_moves(problem, bound.per_layer))
+    for tried in own(bound.claims):
+        if not _searched_again(problem, tried):
+            raise CertificateError(
+                f"Bound claims {tried.value!r} of layers {list(tried.layers)} by {tried.by!r}, but "
+                "that search does not exclude less."
+            )
+    total = max(total, claimed(problem, bound.per_layer, own(bound.claims)))
     if not bound.recomputed <= total * (1 + SLACK):
         raise CertificateError(
             f"Bound claims {bound.recomputed!r} in total, its layers give {total!r}."
@@ -230,6 +238,20 @@ def recompute(problem: Problem, bound: Bound) -> None:
         raise CertificateError(
             f"Bound claims {bound.total!r} in total, its layers and solvers' claims give {total!r}."
         )
+
+
+def _searched_again(problem: Problem, claim: Claim) -> bool:
+    from moeplace.exhaustive import Exhaustive
+
+    priced = claim.move_price or claim.replica_price
+    if claim.weight is None or (claim.weight < 0).any() or priced or len(claim.layers) != 1:
+        return False
+    (layer,) = claim.layers
+    weight = float(problem.layer_weight[layer])
+    if weight == 0:
+        return claim.value == 0
+    tiny = Exhaustive(problem, None, layer, claim.weight)
+    return bool(tiny.refutes(claim.value / weight * (1 - 1e-11)))
 
 
 def nodes_as_ranks(problem: Problem) -> Problem | None:

@@ -10,10 +10,15 @@ import numpy as np
 from moeplace._check import FloatArray
 from moeplace.problem import Problem
 
+#: Who tried every placement of a tiny layer.
+EXHAUSTIVE = "exhaustive"
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Claim:
-    """A bound that a solver claims; the problem alone does not show it.
+    """A bound on windows or layers together: what a solver claims, or our exhaustive search.
+
+    Of a solver's, the problem alone shows nothing.
 
     Attributes
     ----------
@@ -23,7 +28,7 @@ class Claim:
         makespan, prices below included. None: of the problem's objective, over all layers.
     value : float
     by : str
-        Method, solver and version.
+        Method, solver and version; or EXHAUSTIVE, of one layer: then it is recomputed.
     move_price, replica_price : float
         Charged for each copy received and each replica, instead of rules over all layers.
     """
@@ -78,7 +83,8 @@ class Bound:
         Whether `recomputed` is more than the layers add up to: a budget of moves in all was
         shared over them.
     claims : tuple of Claim
-        What solvers claim beyond; `total` uses them, nothing else does.
+        What solvers claim beyond; `total` uses them, nothing else does. Our own among them count
+        in `recomputed`, too.
     prices : mapping of (window, layer) to Prices
         What the argument "lp dual" needs.
     """
@@ -98,8 +104,13 @@ class Bound:
 
     @property
     def sources(self) -> dict[str, int]:
-        """How many (window, layer) pairs each argument decides, most first."""
-        return dict(Counter(self.source.ravel().tolist()).most_common())
+        """How many (window, layer) pairs each argument decides, most first.
+
+        Then how many layers were searched in all windows together.
+        """
+        counts = dict(Counter(self.source.ravel().tolist()).most_common())
+        together = {claim.layers for claim in own(self.claims)}
+        return counts | ({f"{EXHAUSTIVE}, all windows": len(together)} if together else {})
 
 
 def layer_floor(problem: Problem, bound: Bound) -> FloatArray:
@@ -119,7 +130,13 @@ def with_claims(problem: Problem, bound: Bound, claims: Sequence[Claim]) -> Boun
     """The bound, and what it becomes if solvers' claims are believed too."""
     every = (*bound.claims, *claims)
     total = max(bound.total, claimed(problem, bound.per_layer, every))
-    return replace(bound, total=total, claims=every, proven=bound.recomputed)
+    proven = max(bound.recomputed, claimed(problem, bound.per_layer, own(every)))
+    return replace(bound, total=total, claims=every, proven=proven)
+
+
+def own(claims: Sequence[Claim]) -> list[Claim]:
+    """Those that are no solver's word: they can be checked again."""
+    return [claim for claim in claims if claim.by == EXHAUSTIVE]
 
 
 def claimed(problem: Problem, per_layer: FloatArray, claims: Sequence[Claim]) -> float:

@@ -6,6 +6,7 @@ import typer
 
 from moeplace.batches import Batches, over_batches
 from moeplace.bounds import lower_bound, recompute
+from moeplace.claims import EXHAUSTIVE
 from moeplace.cli_answers import (
     common,
     error,
@@ -187,7 +188,7 @@ def certify(
         return
     if quiet:
         return
-    by = sorted({claim.by for claim in bound.claims})
+    by = sorted({claim.by for claim in bound.claims} - {EXHAUSTIVE})
     closed = (
         f"{percent(proven)} closed by what was checked here, {percent(claimed)} by claims, "
         f"{percent(left)} open"

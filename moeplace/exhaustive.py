@@ -3,7 +3,7 @@
 import numpy as np
 from numba import njit
 
-from moeplace._check import IntArray
+from moeplace._check import FloatArray, IntArray
 from moeplace.constraints import CAPACITY_SLACK
 from moeplace.plan import EMPTY
 from moeplace.problem import Problem
@@ -126,7 +126,8 @@ def _excludes(  # type: ignore[no-untyped-def]
 class Exhaustive:
     """One layer under even routing, small enough for every placement to be tried.
 
-    In one window (its makespan), or in all together (the mean of their makespans, linear speeds).
+    In one window (its makespan), or in all together under linear speeds (the sum of weight x
+    makespan, weights [windows] by default those of the mean).
     Proof: experts by load, each on every set of ranks with slots and room left for its share;
     a branch ends only where the tokens or the copies that are left cannot fit, or the makespans
     of what is placed are too dear already. Ranks that are alike so far may be exchanged, so the
@@ -135,7 +136,9 @@ class Exhaustive:
     most replicas are kept, other rules left out, which relaxes further.
     """
 
-    def __init__(self, problem: Problem, window: int | None, layer: int) -> None:
+    def __init__(
+        self, problem: Problem, window: int | None, layer: int, weight: FloatArray | None = None
+    ) -> None:
         cluster = problem.cluster
         self.holds = np.flatnonzero(cluster.slots > 0)
         chosen = np.arange(problem.windows) if window is None else np.array([window])
@@ -161,7 +164,9 @@ class Exhaustive:
         self.capacity = problem.capacity[self.holds] * (1 + CAPACITY_SLACK)
         self.most = problem.most_replicas[order]
         self.problem, self.layer, self.order = problem, layer, order
-        self.weight = problem.window_weight[chosen] if chosen.size > 1 else np.ones(1)
+        if weight is None:
+            weight = problem.window_weight if window is None else np.ones(1)
+        self.weight = weight
         self.fluid = problem.fluid[chosen, layer]
         pinned = problem.pinned[layer][np.ix_(order, self.holds)]
         self.pinned = (pinned << np.arange(self.holds.size)).sum(axis=1).astype(np.int64)
@@ -214,7 +219,7 @@ class Exhaustive:
             return True, None
         room = np.floor(room).astype(np.int64)
         pace = self.weight[:, None] / (cluster.speeds[self.holds] * each) * (1 - 1e-12)
-        if self.weight.size == 1:  # room says it all
+        if self.weight.size == 1 and self.weight[0] == 1:  # room says it all
             pace, least, seconds = np.zeros_like(pace), np.zeros_like(least), 0.0
         at = np.empty(self.load.shape[1], dtype=np.int64)
         answer = _excludes(

@@ -84,7 +84,7 @@ def search(room, fewest, loads, spare, trials, ranks, part):  # type: ignore[no-
             fits = ranks[p] <= room.size
             while fits:
                 n = max(slots - freed[p], 0)
-                if n <= others and (load[p] + small[n]) * LESS <= total[ranks[p]]:
+                if n <= others and not (load[p] + small[n]) * LESS > total[ranks[p]]:
                     break
                 freed[p] += 1
                 fits = n > 0

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from moeplace.bounds import EXHAUSTIVE, FEW, lifted_bound, longest, lower_bound
+from moeplace.bounds import FEW, lifted_bound, longest, lower_bound
+from moeplace.claims import EXHAUSTIVE, Bound, Claim, with_claims
 from moeplace.clash import Clash, contradict, sought
 from moeplace.clash import Search as RuleSearch
 from moeplace.dual_bound import DUAL, price_layers, pricing_seconds, worth_pricing
@@ -276,9 +277,9 @@ def _searched_and_proven(run: "Run", start: Plan | None) -> None:
         gap=run.limits.gap,
     )
     _searched(run, start, warm)
-    if small and run.best is not None and problem.windows == 1:
+    if small and run.best is not None:
         _try_all(run)
-    elif small and run.best is not None and run.open.any():
+    if small and run.best is not None and problem.windows > 1 and run.open.any():
         _ask(run)
     _price(run, late)
     if few and run.best is not None and run.best.legal:
@@ -323,22 +324,25 @@ def _price(run: "Run", late: bool = False) -> None:
 
 
 def _try_all(run: "Run") -> None:
-    """Tiny layers: the exhaustive search finds a better placement, or proves that none is."""
+    """Tiny layers: the exhaustive search finds a better placement, or proves that none is.
+
+    In several windows where their mean counts, which each layer then serves by itself.
+    """
     from moeplace.exhaustive import Exhaustive
 
     problem = run.problem
+    if problem.windows > 1 and problem.objective != "mean":
+        return
     for layer in np.flatnonzero(run.open).tolist():
-        tiny = Exhaustive(problem, 0, layer)
+        tiny = Exhaustive(problem, 0 if problem.windows == 1 else None, layer)
         while run.best is not None and not run.late(0.6):
-            makespan = float(run.best.makespan[0, layer])
+            price = float(problem.mean(run.best.makespan)[layer])
             nodes = NODES
             if run.limits.time is not None:
                 nodes = min(nodes, int((0.6 * run.limits.time - run.seconds) * PACE))
-            none_better, slots = tiny.search(makespan * (1 - 1e-10), nodes)
+            none_better, slots = tiny.search(price * (1 - 1e-10), nodes)
             if none_better:
-                better = run.bound.per_layer.copy()
-                better[0, layer] = makespan * (1 - 1e-10)
-                run.bound = lifted_bound(problem, run.bound, better, EXHAUSTIVE)
+                run.bound = _tried(run, layer, price * (1 - 1e-10))
             if slots is None:
                 break
             every = run.best.plan.slots.copy()
@@ -347,6 +351,18 @@ def _try_all(run: "Run") -> None:
             run.offer(Plan(slots=every, rank_slots=problem.cluster.slots, experts=problem.experts))
             if run.best is before:  # a rule that the search does not know
                 break
+
+
+def _tried(run: "Run", layer: int, price: float) -> Bound:
+    """The bound, now that no placement of the layer costs less."""
+    problem, bound = run.problem, run.bound
+    if problem.windows == 1:
+        better = bound.per_layer.copy()
+        better[0, layer] = price
+        return lifted_bound(problem, bound, better, EXHAUSTIVE)
+    value = price * float(problem.layer_weight[layer])
+    claim = Claim(layers=(layer,), weight=problem.window_weight, value=value, by=EXHAUSTIVE)
+    return with_claims(problem, bound, [claim])
 
 
 def _ask(run: "Run") -> None:

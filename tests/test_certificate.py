@@ -1,5 +1,6 @@
 """Certificates: what holds is accepted, and no line may be changed unseen."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
@@ -127,6 +128,28 @@ def test_a_false_claim_of_a_solver_is_seen_and_others_are_told_apart(tmp_path: P
     changed(path, lambda f: f["claims"][0].update(value=2 * price))
     with pytest.raises(mp.CertificateError, match="above the plan's .* claim is false"):
         check(path)
+
+
+def test_windows_searched_together_are_checked_by_searching_again(tmp_path: Path) -> None:
+    one = mp.read_instance(SMALL / "passes-seconds.json")
+    result = mp.solve(one, gap=0)
+    assert result.status == "optimal"
+    write_certificate(result, tmp_path / "c.json")
+    checked = check(tmp_path / "c.json")
+    assert checked.arguments == {"fluid": 2, "exhaustive, all windows": 1}
+    assert checked.shares[0] == pytest.approx(1, abs=1e-6)
+
+    def refused(change: Callable[[Any], Any], says: str) -> None:
+        path = changed(Path(shutil.copy(tmp_path / "c.json", tmp_path / "t.json")), change)
+        with pytest.raises(mp.CertificateError, match=says):
+            check(path)
+
+    price = result.objective
+    refused(lambda f: f["claims"][0].update(value=price * 1.001), "does not exclude less")
+    refused(lambda f: f["claims"][0].update(weight=[0.5, 0.5]), "in total|does not exclude less")
+    refused(lambda f: f["claims"][0].update(by="an oracle 1.0"), "in total")
+    refused(lambda f: f["claims"][0].update(move_price=1.0), "does not exclude less")
+    refused(lambda f: f.update(recomputed=price * 1.001, lower_bound=price * 1.001), "in total")
 
 
 def test_real_sizes_are_checked(tmp_path: Path) -> None:
