@@ -139,7 +139,7 @@ def lifted_bound(
 ) -> Bound:
     """The bound with layers lifted to `better` [windows, layers] by the argument `name`."""
     lifted = np.asarray(better > bound.per_layer)
-    source = np.where(lifted, name, bound.source.astype("U16"))
+    source = np.where(lifted, name, bound.source)
     per_layer = np.where(lifted, better, bound.per_layer)
     alone = problem.total(per_layer)
     shared = _shared_moves(problem, per_layer) if problem.max_moves is not None else 0.0

@@ -28,7 +28,7 @@ MARGIN = 1e-11
 #: Under other than even routing, budgets of moves are priced up to so many moves.
 FEW = 2
 #: Pairs of an expert and a rank that a round gets through in a second, at least.
-PACE = 60_000
+PACE = 30_000
 #: The same pairs for all layers together without a time limit, each round counted.
 PAIRS = 1_000_000
 

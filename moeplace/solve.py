@@ -46,8 +46,8 @@ PATIENCE, RETRY_SHARE = 0.6, 0.15
 #: Seconds a layer from which the bound on few moves is searched deeper, and by when that ends.
 DEEP, PROOF_SHARE = 0.5, 0.5
 #: Time for one round of prices of all layers, as a share of the limit, up to which it comes early;
-#: else the search has most of the limit first, and only gaps wider than this are looked at.
-EARLY, LATE_SHARE, WIDE = 0.25, 0.8, 1e-3
+#: else the search has half of the limit first, gaps wider than this are looked at, up to a share.
+EARLY, LATE_SHARE, WIDE, LATE = 0.25, 0.5, 1e-3, 0.9
 #: Seconds, or deterministic seconds, of each layer that an exact method has without limits.
 DEFAULT_SECONDS = 10.0
 
@@ -263,6 +263,9 @@ def _searched_and_proven(run: "Run", start: Plan | None) -> None:
     small, dual = _small(problem), worth_pricing(problem)
     few = problem.max_moves is not None and problem.routing == "even"
     few = few and limit is not None and limit >= DEEP * problem.layers
+    if dual and limit is not None:  # for one layer there must be time
+        each = pricing_seconds(problem) / (problem.windows * problem.layers)
+        dual = each <= (LATE - LATE_SHARE) * limit
     if not (small or few or dual):
         _searched(run, start, run.limits)
         return
@@ -308,7 +311,7 @@ def _rest(run: "Run") -> Limits:
 def _price(run: "Run", late: bool = False) -> None:
     """Layers that are open: prices prove more where rules are that other arguments do not know.
 
-    They may take what is left of the limit, if it is `late`, else of a part of it.
+    They may last to the end of a part of the limit, a larger one if it is `late`.
     """
     problem, bound = run.problem, run.bound
     if not worth_pricing(problem) or not run.open.any():
@@ -318,7 +321,7 @@ def _price(run: "Run", late: bool = False) -> None:
         wanted = run.open & (run.best.makespan > bound.per_layer * (1 + late * WIDE))
         high = np.where(wanted, run.best.makespan, bound.per_layer)
     limit = run.limits.time
-    seconds = None if limit is None else (1.0 if late else PROOF_SHARE) * limit - run.seconds
+    seconds = None if limit is None else (LATE if late else PROOF_SHARE) * limit - run.seconds
     lifted, prices = price_layers(problem, bound.per_layer, high, seconds)
     run.bound = lifted_bound(problem, bound, lifted, DUAL, prices)
 

@@ -1,6 +1,9 @@
 """The bound by prices, against every legal plan of tiny problems."""
 
 import math
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
@@ -178,6 +181,14 @@ def test_prices_only_add_to_a_bound_that_holds(one: Problem) -> None:
         assert (bound.source == without.source).all()
 
 
+@given(ruled())
+@settings(max_examples=3 * settings().max_examples)
+def test_with_all_rules_together_the_bound_holds_too(one: Problem) -> None:
+    bound = lower_bound(one)
+    assert bound.total <= optimum(one) * (1 + 1e-9)
+    recompute(one, bound)
+
+
 def test_without_such_rules_nothing_is_priced() -> None:
     assert not worth_pricing(problem([4, 3, 1], [1, 1], 2))
     assert not worth_pricing(replace(held(9), constraints=held(9).constraints))
@@ -263,7 +274,7 @@ def changed(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
 def test_prices_are_stored_and_checked_without_a_solver(
     certificate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "moeplace.dual_lp", None)
+    monkeypatch.setitem(sys.modules, "moeplace.dual_lp", None)
     checked = check(certificate)
     assert checked.arguments == {DUAL: 1}
     assert checked.objective == 5
@@ -295,6 +306,17 @@ PRICES = r"\$.prices\[0\]"
 def test_a_changed_line_is_refused(certificate: Path, change: Change, says: str) -> None:
     with pytest.raises(mp.CertificateError, match=says):
         check(changed(certificate, change))
+
+
+def test_the_command_refuses_with_exit_code_5(certificate: Path) -> None:
+    command = [sys.executable, "-m", "moeplace", "certify", str(certificate)]
+    good = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert re.search(r"arguments +lp dual 1", good.stdout)
+    changed(certificate, lambda f: f["prices"][0].update(token=[0.1, 0.0, 0.0]))
+    bad = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert bad.returncode == 5
+    assert "$.bounds: Bound " in bad.stderr
+    assert "layer 0 does not follow from 'lp dual'" in bad.stderr
 
 
 def test_any_prices_that_do_are_a_proof(certificate: Path) -> None:
