@@ -243,6 +243,14 @@ def test_parameters_that_a_solver_does_not_know(
         mp.solve(one, name, time_limit=5.0, gap=0.0, solver_options=option)
 
 
+@pytest.mark.parametrize(
+    "option", [{"limits/nodes": 3}, {"limits/gap": 1}, {"nodeselection/childsel": "h"}]
+)
+def test_scip_s_types_of_parameters_are_found(option: dict[str, Any]) -> None:
+    one = generate((1, 8, 10, 2), 0).aggregate()
+    assert mp.solve(one, "gscip", time_limit=5.0, gap=0.0, solver_options=option).evaluation
+
+
 def test_no_model_is_built_when_the_time_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """48 layers of a real size would take a minute to build."""
     built: list[int] = []
