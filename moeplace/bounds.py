@@ -86,7 +86,7 @@ def _without_prices(problem: Problem, time_limit: float | None) -> Bound:
     few = few_moves(problem, per_layer, within=time_limit)
     names = np.where(few > per_layer, FEW, names)
     per_layer = few
-    alone, shared = problem.total(per_layer), _shared_moves(problem, per_layer)
+    alone, shared = problem.total(per_layer), shared_moves(problem, per_layer)
     return Bound(
         per_layer=per_layer, source=names, total=max(alone, shared), coupled=shared > alone
     )
@@ -142,7 +142,7 @@ def lifted_bound(
     source = np.where(lifted, name, bound.source)
     per_layer = np.where(lifted, better, bound.per_layer)
     alone = problem.total(per_layer)
-    shared = _shared_moves(problem, per_layer) if problem.max_moves is not None else 0.0
+    shared = shared_moves(problem, per_layer)
     total = max(alone, shared)
     believed = claimed(problem, per_layer, bound.claims)
     return Bound(
@@ -221,7 +221,7 @@ def recompute(problem: Problem, bound: Bound) -> None:
             )
     total = problem.total(bound.per_layer)
     if bound.coupled and problem.max_moves is not None:
-        total = max(total, _shared_moves(problem, bound.per_layer))
+        total = max(total, shared_moves(problem, bound.per_layer))
     for tried in own(bound.claims):
         if not _searched_again(problem, tried):
             raise CertificateError(
@@ -351,7 +351,7 @@ def few_moves(
     return value
 
 
-def _shared_moves(problem: Problem, per_layer: FloatArray) -> float:
+def shared_moves(problem: Problem, per_layer: FloatArray) -> float:
     """Bound on the objective if the moves in all are shared over the layers as well as can be.
 
     Each layer's bound as a function of its copies received is replaced by its lower convex hull;
@@ -359,8 +359,7 @@ def _shared_moves(problem: Problem, per_layer: FloatArray) -> float:
     only (0 otherwise).
     """
     rules = problem.max_moves
-    assert rules is not None
-    if rules.total is None or problem.windows > 1:
+    if rules is None or rules.total is None or problem.windows > 1:
         return 0.0
     from moeplace.moves_bound import stay_curve
 

@@ -28,11 +28,13 @@ from moeplace import __version__
 from moeplace._check import FloatArray
 from moeplace._files import PathLike, check_full, nested, plain, read_json, write_json
 from moeplace.arguments import ARGUMENTS, Row, row_of
-from moeplace.bounds import NODES, nodes_as_ranks, recompute
-from moeplace.claims import Bound, Claim, Prices, own
+from moeplace.bounds import NODES, nodes_as_ranks, recompute, shared_moves
+from moeplace.claims import Bound, Claim, Prices, claimed, own
 from moeplace.dual_bound import DUAL, Priced
 from moeplace.errors import CertificateError, PlanError, ProblemError
 from moeplace.evaluate import Evaluation, evaluate
+from moeplace.instances import FORMAT as INSTANCE_FORMAT
+from moeplace.instances import VERSION as INSTANCE_VERSION
 from moeplace.instances import InstanceFile, as_file, from_file
 from moeplace.latency import Table
 from moeplace.plan import EMPTY, Plan
@@ -231,6 +233,12 @@ def check(path: PathLike) -> Checked:
         If something in it does not follow, with its place.
     """
     file = read_json(path, _File, header=(FORMAT, VERSION))
+    header = (file.instance.format, file.instance.version)
+    if header != (INSTANCE_FORMAT, INSTANCE_VERSION):
+        raise CertificateError(
+            f"{path}: $.instance has format and version {header}, expected "
+            f"{(INSTANCE_FORMAT, INSTANCE_VERSION)}."
+        )
     try:
         problem = from_file(path, file.instance, "$.instance")
     except (ProblemError, PlanError) as error:
@@ -249,18 +257,7 @@ def check(path: PathLike) -> Checked:
         _again(problem, bound)
     except CertificateError as error:
         raise CertificateError(f"{path}: $.bounds: {error}") from error
-    total = _total(problem, bound.per_layer)
-    alone = not bound.coupled and not own(bound.claims)  # else `recompute` added them up
-    if alone and Fraction(file.recomputed) > total * (1 + SAME / 1000):
-        raise CertificateError(
-            f"{path}: $.recomputed is {file.recomputed!r}, but the bounds add up to "
-            f"{float(total)!r}."
-        )
-    if Fraction(file.lower_bound) > exact * (1 + SAME):
-        raise CertificateError(
-            f"{path}: $.lower_bound is {file.lower_bound!r}, above the plan's {float(exact)!r}: "
-            "a solver's claim is false."
-        )
+    _totals(path, file, bound, evaluation, exact)
     return Checked(
         problem=problem,
         evaluation=evaluation,
@@ -309,8 +306,12 @@ def _bound(path: PathLike, file: _File, problem: Problem) -> Bound:
             len(claim.weight) != problem.windows or len(claim.layers) != 1
         ):
             raise CertificateError(f"{place} must weigh every window, of one layer.")
-        if claim.weight is None and len(claim.layers) != problem.layers:
+        if claim.weight is None and sorted(claim.layers) != list(range(problem.layers)):
             raise CertificateError(f"{place} must be about all layers.")
+        if claim.weight is None and (claim.move_price or claim.replica_price):
+            raise CertificateError(f"{place} has prices, but is about the whole problem.")
+        if claim.move_price and problem.max_moves is None:
+            raise CertificateError(f"{place} has a price of moves, which no rule limits.")
         if min(claim.move_price, claim.replica_price) < 0 or not math.isfinite(claim.value):
             raise CertificateError(f"{place} has a negative price or no finite value.")
         weight = None if claim.weight is None else np.array(claim.weight)
@@ -357,6 +358,41 @@ def _prices(stored: _Prices, problem: Problem) -> Prices:
         replica=stored.replica,
         worth=rows(stored.worth, problem.experts),
     )
+
+
+def _totals(
+    path: PathLike, file: _File, bound: Bound, evaluation: Evaluation, exact: Fraction
+) -> None:
+    """Hold totals and claims against the bounds of the layers and against the plan."""
+    problem = evaluation.problem
+    alone = _total(problem, bound.per_layer)
+    shared = Fraction(shared_moves(problem, bound.per_layer))
+    if file.coupled and shared <= alone * (1 - SAME):
+        raise CertificateError(
+            f"{path}: $.coupled is true, but no rule lifts the total above the layers' bounds."
+        )
+    proven = max(alone, shared) if file.coupled else alone
+    proven = max(proven, Fraction(claimed(problem, bound.per_layer, own(bound.claims))))
+    _same(path, "$.recomputed", file.recomputed, min(proven, exact), "the bounds add up to")
+    rules = problem.max_moves
+    for n, claim in enumerate(bound.claims):
+        price = evaluation.objective
+        if claim.weight is not None:
+            (layer,) = claim.layers
+            price = float(claim.weight @ evaluation.makespan[:, layer])
+            price *= float(problem.layer_weight[layer])
+            price += claim.replica_price * int((evaluation.plan.slots[layer] != EMPTY).sum())
+            if claim.move_price and rules is not None:
+                moves = evaluation.plan.moves_from(rules.current)[layer].sum()
+                price += claim.move_price * int(moves)
+        if claim.value > price * (1 + float(SAME)):
+            raise CertificateError(
+                f"{path}: $.claims[{n}].value is {claim.value!r}, but the plan costs {price!r}: "
+                "the claim is false."
+            )
+    believed = Fraction(claimed(problem, bound.per_layer, bound.claims))
+    believed = min(max(proven, believed), exact)
+    _same(path, "$.lower_bound", file.lower_bound, believed, "bounds and claims give")
 
 
 def _same(path: PathLike, place: str, stored: float, exact: Fraction, what: str) -> None:
@@ -494,6 +530,8 @@ def _looked_up(table: Table, rank: int, tokens: Fraction) -> Fraction:
 
 def _activation(tokens: Fraction) -> Fraction:
     """At least 1 - exp(-tokens): libraries' exp is within one unit in the last place, we take 4."""
+    if tokens == 0:  # exactly none, or an idle rank would pay the planes' start
+        return Fraction(0)
     low = math.exp(-float(tokens)) * (1 - 2.0**-50)
     return min(1 - Fraction(low) + Fraction(2) ** -52 * tokens, Fraction(1))
 

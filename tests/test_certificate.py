@@ -71,6 +71,7 @@ def test_what_solve_returns_is_certified(tmp_path: Path, one: Problem) -> None:
     )
 
 
+CLAIM = {"layers": [0], "weight": None, "value": 1.0, "by": "an oracle 1.0"}
 Change = Callable[[dict[str, Any]], object]
 
 
@@ -89,6 +90,29 @@ Change = Callable[[dict[str, Any]], object]
         (lambda f: f["plan"]["slots"][0].__setitem__(0, 9), r"\$.plan: "),
         (lambda f: f.update(recomputed=196.9), r"196.9 in total, its layers give 196.66"),
         (lambda f: f.update(lower_bound=196.9), r"196.9 in total, its layers and solvers' claims"),
+        (
+            lambda f: f.update(recomputed=-1.0),
+            r"\$.recomputed is -1.0, but the bounds add up to 196",
+        ),
+        (lambda f: f.update(lower_bound=1.0), r"\$.lower_bound is 1.0, but bounds and claims give"),
+        (lambda f: f.update(coupled=True), r"\$.coupled is true, but no rule lifts"),
+        (lambda f: f["instance"].update(version=2), r"\$.instance has format and version .*, 2\)"),
+        (
+            lambda f: f["claims"].append(CLAIM | {"value": 197.0}),
+            r"claims\[0\].value is 197.0, but the plan",
+        ),
+        (
+            lambda f: f["claims"].append(CLAIM | {"layers": [0, 0]}),
+            r"claims\[0\] must be about all",
+        ),
+        (
+            lambda f: f["claims"].append(CLAIM | {"replica_price": 1.0}),
+            r"claims\[0\] has prices, but",
+        ),
+        (
+            lambda f: f["claims"].append(CLAIM | {"weight": [1.0], "move_price": 1.0}),
+            r"claims\[0\] has a price of moves, which no rule limits",
+        ),
         (
             lambda f: f["bounds"].append([1.0]),
             r"\$.bounds must be \[windows\]\[layers\] = \(1, 1\)",
@@ -126,7 +150,7 @@ def test_a_false_claim_of_a_solver_is_seen_and_others_are_told_apart(tmp_path: P
     with pytest.raises(mp.CertificateError, match="in total"):
         check(path)
     changed(path, lambda f: f["claims"][0].update(value=2 * price))
-    with pytest.raises(mp.CertificateError, match="above the plan's .* claim is false"):
+    with pytest.raises(mp.CertificateError, match="but the plan costs .* claim is false"):
         check(path)
 
 
@@ -171,6 +195,13 @@ def test_the_exact_price_is_that_of_evaluate(pair: tuple[Problem, mp.Plan]) -> N
     one, plan = pair
     priced = mp.evaluate(one, plan)
     assert float(_exact(priced)) == pytest.approx(priced.objective, rel=1e-12, abs=1e-300)
+
+
+def test_a_rank_without_tokens_takes_no_time_under_planes(tmp_path: Path) -> None:
+    cluster = mp.Cluster.from_planes([3.0], [3.0], [1.0], [1, 1], 2)
+    loads = mp.LoadHistogram(tokens=[[[0.0, 0.0]]], passes=[1.0])  # type: ignore[arg-type]
+    write_certificate(mp.solve(Problem(loads, cluster)), tmp_path / "c.json")
+    assert check(tmp_path / "c.json").objective == 0
 
 
 def test_planes_are_priced_from_above() -> None:

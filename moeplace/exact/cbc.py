@@ -1,5 +1,6 @@
 """CBC through PuLP, and the model files that PuLP writes."""
 
+import logging
 import re
 import signal
 import subprocess
@@ -13,6 +14,8 @@ from moeplace.errors import ProblemError, SolverError
 from moeplace.exact.load import load_pulp
 from moeplace.exact.model import Model
 from moeplace.exact.solvers import Answer, Request, lowered
+
+logger = logging.getLogger(__name__)
 
 #: Seconds that CBC has to write its solution once it was told to stop.
 PATIENCE = 3.0
@@ -93,12 +96,16 @@ def solve(model: Model, request: Request) -> Answer:
             if value is not None:
                 command += [f"-{name}", str(value)]
         command += ["-solve", "-printingOptions", "all", "-solution", solution]
+        ended = 0
         try:
-            _run(command, log, request)
+            ended = _run(command, log, request)
             lines = Path(log).read_text(errors="replace").splitlines()
             _, found, _, _, _, status = cbc.readsol_MPS(solution, made, written, names, rows)
         except OSError as cause:  # killed before it wrote anything
             if request.stop is not None and request.stop.called:
+                return Answer(ended="unknown", bound=-np.inf)
+            if ended < 0 and request.seconds is not None:  # as when time is out in its presolve
+                logger.warning("CBC ended by signal %d at its time limit: no answer", -ended)
                 return Answer(ended="unknown", bound=-np.inf)
             raise SolverError(f"CBC failed: {cause}") from cause
     for line in lines:
@@ -129,8 +136,8 @@ def solve(model: Model, request: Request) -> Answer:
     )
 
 
-def _run(command: list[str], log: str, request: Request) -> None:
-    """Run CBC until it ends, or is told to stop and does so soon."""
+def _run(command: list[str], log: str, request: Request) -> int:
+    """Run CBC until it ends, or is told to stop and does so soon; its exit code, 0 if not ended."""
     with Path(log).open("w") as out:
         running = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
@@ -140,11 +147,10 @@ def _run(command: list[str], log: str, request: Request) -> None:
                 request.stop.on_stop(lambda: running.send_signal(signal.SIGINT))
             while True:
                 try:
-                    running.wait(PATIENCE)
-                    return
+                    return running.wait(PATIENCE)
                 except subprocess.TimeoutExpired:
                     if request.stop is not None and request.stop.called:
-                        return
+                        return 0
         finally:
             if running.poll() is None:  # told to stop in vain, or an error here
                 running.kill()

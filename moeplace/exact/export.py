@@ -58,7 +58,7 @@ def write_model(problem: Problem, path: PathLike, kind: Kind, start: Evaluation 
     """
     target = Path(path)
     if target.suffix != f".{kind}":
-        raise FormatError(f"{path}: a {kind} model's name must end in .{kind}.")
+        raise FormatError(f"{path}: an {kind} model's name must end in .{kind}.")
     bound = lower_bound(problem)
     cut = np.full(bound.per_layer.shape, np.inf)
     if start is not None:
@@ -66,6 +66,8 @@ def write_model(problem: Problem, path: PathLike, kind: Kind, start: Evaluation 
     model = build(problem, range(problem.layers), bound.per_layer, cut)
     hint = None if start is None else model.values(problem, start.plan)
     made, _ = to_pulp(model)
+    if model.constant:  # what no plan changes; the formats know no constants
+        made.objective += model.constant * made.add_variable("constant", 1.0, 1.0)
     with tempfile.TemporaryDirectory(prefix="moeplace-") as folder:
         file = Path(folder) / f"model.{kind}"
         if kind == "lp":
@@ -90,7 +92,7 @@ def write_model(problem: Problem, path: PathLike, kind: Kind, start: Evaluation 
             "digest": problem.digest(),
             "unit": model.unit,
             "time_unit": problem.cluster.time_unit,
-            "constant": model.constant,
+            "constant": 0.0,  # to be added to the solver's objective: it is a column
             "start_objective": expected,
             "layers": list(model.layers),
             "held": held,

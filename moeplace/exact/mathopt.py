@@ -2,6 +2,7 @@
 
 import datetime as dt
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,12 @@ from moeplace.errors import ProblemError, SolverError
 from moeplace.exact.load import load_highs, load_ortools
 from moeplace.exact.model import Model
 from moeplace.exact.solvers import Answer, Request, lowered
+
+#: Where a whole number, or a text, may belong among SCIP's parameters.
+SCIP_TYPES = {
+    int: ("int_params", "long_params", "real_params"),
+    str: ("string_params", "char_params"),
+}
 
 
 def to_mathopt(model: Model) -> tuple[Any, list[Any]]:
@@ -108,7 +115,7 @@ def solve(model: Model, request: Request, kind: str) -> Answer:
 
 
 def _pass_on(options: Any, kind: str, given: Any) -> None:
-    """Set the solver's own parameters, by type of value."""
+    """Set the solver's own parameters, by type of value; SCIP has several for some."""
     if kind == "HIGHS":
         own = options.highs
         tables = {bool: "bool_options", int: "int_options", float: "double_options"}
@@ -119,4 +126,20 @@ def _pass_on(options: Any, kind: str, given: Any) -> None:
         tables = {bool: "bool_params", int: "int_params", float: "real_params"}
     for name, value in given.items():
         table = tables.get(type(value), "string_options" if kind == "HIGHS" else "string_params")
+        if kind == "GSCIP":
+            types = SCIP_TYPES.get(type(value), ())
+            table = next(filter(partial(_takes, name, value), types), table)
         getattr(own, table)[name] = value
+
+
+def _takes(name: str, value: Any, table: str) -> bool:
+    """Whether SCIP has a parameter of that type: it is asked with an empty model."""
+    from ortools.math_opt.python import mathopt
+
+    options = mathopt.SolveParameters()
+    getattr(options.gscip, table)[name] = value
+    try:
+        mathopt.solve(mathopt.Model(), mathopt.SolverType.GSCIP, params=options)
+    except (AttributeError, RuntimeError, ValueError):
+        return False
+    return True

@@ -86,6 +86,17 @@ def test_what_is_no_plan_is_refused(tmp_path: Path) -> None:
         write_model(ONE, tmp_path / "m.txt", "lp", None)
 
 
+def test_what_no_plan_changes_is_in_the_objective_of_the_file(tmp_path: Path) -> None:
+    one = problem([[[2.0, 1.0]], [[0.0, 0.0]]], [1, 0.5], 1, base_load=[1.0, 3.0])  # idle, then 6
+    result = mp.solve(one, gap=0)
+    unit = write_model(one, tmp_path / "m.mps", "mps", result.evaluation)
+    values = _cbc(tmp_path / "m.mps")
+    assert values["constant"] == 1.0
+    _, made = pulp.LpProblem.fromMPS(str(tmp_path / "m.mps"))
+    price = sum(factor * values[column.name] for column, factor in made.objective.items())
+    assert price * unit == pytest.approx(result.objective, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -243,6 +243,31 @@ def test_parameters_that_a_solver_does_not_know(
         mp.solve(one, name, time_limit=5.0, gap=0.0, solver_options=option)
 
 
+@pytest.mark.parametrize(
+    "option", [{"limits/nodes": 3}, {"limits/gap": 1}, {"nodeselection/childsel": "h"}]
+)
+def test_scip_s_types_of_parameters_are_found(option: dict[str, Any]) -> None:
+    one = generate((1, 8, 10, 2), 0).aggregate()
+    assert mp.solve(one, "gscip", time_limit=5.0, gap=0.0, solver_options=option).evaluation
+
+
+def test_a_crash_of_cbc_at_its_time_limit_is_no_answer(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """CBC 2.10 crashes where its time is out in its presolve; the plan so far is kept."""
+    from moeplace.exact import cbc
+
+    def crash(command: list[str], log: str, request: Request) -> int:
+        Path(log).write_text("")
+        return -11
+
+    monkeypatch.setattr(cbc, "_run", crash)
+    one = generate((2, 8, 10, 2), 0).aggregate()
+    found = mp.solve(one, "cbc", time_limit=0.3, gap=0.0)
+    assert found.evaluation is not None
+    assert "CBC ended by signal 11 at its time limit" in caplog.text
+
+
 def test_no_model_is_built_when_the_time_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """48 layers of a real size would take a minute to build."""
     built: list[int] = []
