@@ -334,7 +334,8 @@ def _try_all(run: "Run") -> None:
     from moeplace.exhaustive import Exhaustive
 
     problem = run.problem
-    if problem.windows > 1 and problem.objective != "mean":
+    mean = problem.objective == "mean" or (problem.objective == "cvar" and problem.cvar_alpha == 0)
+    if problem.windows > 1 and not mean:
         return
     for layer in np.flatnonzero(run.open).tolist():
         tiny = Exhaustive(problem, 0 if problem.windows == 1 else None, layer)

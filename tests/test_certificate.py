@@ -172,7 +172,7 @@ def test_windows_searched_together_are_checked_by_searching_again(tmp_path: Path
     refused(lambda f: f["claims"][0].update(value=price * 1.001), "does not exclude less")
     refused(lambda f: f["claims"][0].update(weight=[0.5, 0.5]), "in total|does not exclude less")
     refused(lambda f: f["claims"][0].update(by="an oracle 1.0"), "in total")
-    refused(lambda f: f["claims"][0].update(move_price=1.0), "does not exclude less")
+    refused(lambda f: f["claims"][0].update(move_price=1.0), "a price of moves")
     refused(lambda f: f.update(recomputed=price * 1.001, lower_bound=price * 1.001), "in total")
 
 
