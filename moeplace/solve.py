@@ -1,19 +1,16 @@
-"""Solve a problem: the methods by name, and the portfolio `auto`."""
+"""Solve a problem: checks, one call for all methods, and the result."""
 
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import numpy as np
-
-from moeplace.bounds import FEW, lifted_bound, longest, lower_bound
-from moeplace.claims import EXHAUSTIVE, Bound, Claim, with_claims
+from moeplace.auto import WARM_SHARE, auto, is_small, price_open, rehearse_tiny, searched
+from moeplace.bounds import lower_bound
 from moeplace.clash import Clash, contradict, sought
 from moeplace.clash import Search as RuleSearch
-from moeplace.dual_bound import DUAL, price_layers, pricing_seconds, worth_pricing
+from moeplace.dual_bound import worth_pricing
 from moeplace.errors import PolicyNotApplicable, ProblemError
 from moeplace.evaluate import Evaluation, evaluate
 from moeplace.feasible import explain_infeasible, refuted
@@ -30,24 +27,6 @@ if TYPE_CHECKING:
 EXACT = ("cp-sat", "highs", "gscip", "cbc")
 METHODS = ("auto", *EXACT, *POLICIES)
 WarmStart = Literal["auto", "lpt", "greedy", "none"]
-#: Share of time and work that an exact method gives to its warm start.
-WARM_SHARE = 0.2
-#: Search steps of a small layer before proofs are tried.
-WARM_STEPS = 200_000
-#: Replicas that may exist in a layer up to which `auto` tries every placement.
-SMALL = 300
-#: Nodes of the exhaustive search of a tiny layer, for each makespan; and of them in a second.
-NODES, PACE = 10_000_000, 20_000_000
-#: Deterministic seconds of CP-SAT for a tiny layer in several windows.
-ASKED = 1.0
-#: Shares of the time limit: after which a search without a plan is broken off to see whether rules
-#: clash, and which is left to go on after that.
-PATIENCE, RETRY_SHARE = 0.6, 0.15
-#: Seconds a layer from which the bound on few moves is searched deeper, and by when that ends.
-DEEP, PROOF_SHARE = 0.5, 0.5
-#: Time for one round of prices of all layers, as a share of the limit, up to which it comes early;
-#: else the search has half of the limit first, gaps wider than this are looked at, up to a share.
-EARLY, LATE_SHARE, WIDE, LATE = 0.25, 0.5, 1e-3, 0.9
 #: Seconds, or deterministic seconds, of each layer that an exact method has without limits.
 DEFAULT_SECONDS = 10.0
 
@@ -161,11 +140,11 @@ def solve(
         "even" if problem.routing == "weighted" else problem.routing,
         problem.cluster.nonlinear,
     )
-    if method == "auto" and _small(problem):
-        _rehearse_tiny()
+    if method == "auto" and is_small(problem):
+        rehearse_tiny()
     if worth_pricing(problem):
         import scipy.optimize  # noqa: F401 - loaded before the clock starts
-    if method in EXACT or (method == "auto" and _small(problem) and problem.windows > 1):
+    if method in EXACT or (method == "auto" and is_small(problem) and problem.windows > 1):
         from moeplace.exact.load import load_ortools
 
         load_ortools()
@@ -190,7 +169,7 @@ def solve(
         )
     if method in POLICIES:
         run = Run(problem, bound, limits, began, seed, workers, progress, _policy(problem, method))
-        _price(run)
+        price_open(run)
         assert run.best is not None
         return finish(problem, method, run.bound, run.best, limits, run.seconds)
     ends = replace(limits, gap=max(gap, OPTIMAL_GAP / 2))  # then no more can be proven
@@ -199,7 +178,7 @@ def solve(
     clash, claim = None, ""
     try:
         if method == "auto":
-            clash = _auto(run, start, rules)
+            clash = auto(run, start, rules)
         else:
             if start is not None:
                 run.offer(start, "The start plan")
@@ -236,198 +215,10 @@ def solve(
     )
 
 
-def _auto(run: "Run", start: Plan | None, rules: RuleSearch) -> Clash | None:
-    """Our search; where that finds no plan for a while, whether rules clash, and the search again.
-
-    A clash rests on CP-SAT's word, unless it can be counted.
-    """
-    if not run.problem.constraints:
-        _searched_and_proven(run, start)
-        return None
-    run.patience = PATIENCE
-    _searched_and_proven(run, start)
-    run.patience = 1.0
-    if run.best is not None:
-        return None
-    clash = sought(run, rules, 1 - RETRY_SHARE)
-    if clash is None and (run.best is not None or run.limits.time is not None):
-        _searched(run, start if run.best is None else run.best.plan, _rest(run))
-    return clash
-
-
-def _searched_and_proven(run: "Run", start: Plan | None) -> None:
-    """The portfolio; then proofs, where few replicas may exist or move, and the portfolio again."""
-    from moeplace.bounds import few_moves
-
-    problem, limit = run.problem, run.limits.time
-    small, dual = _small(problem), worth_pricing(problem)
-    few = problem.max_moves is not None and problem.routing == "even"
-    few = few and limit is not None and limit >= DEEP * problem.layers
-    if dual and limit is not None:  # for one layer there must be time
-        each = pricing_seconds(problem) / (problem.windows * problem.layers)
-        dual = each <= (LATE - LATE_SHARE) * limit
-    if not (small or few or dual):
-        _searched(run, start, run.limits)
-        return
-    late = dual and not (small or few) and limit is not None
-    late = late and pricing_seconds(problem) > EARLY * (limit or 0.0)
-    share = LATE_SHARE if late else WARM_SHARE
-    steps = share * run.steps
-    steps = min(steps, WARM_STEPS * problem.layers) if small else steps
-    warm = Limits(
-        time=None if limit is None else share * limit,
-        work=int(steps) if steps < float("inf") else None,
-        gap=run.limits.gap,
-    )
-    _searched(run, start, warm)
-    if small and run.best is not None:
-        _try_all(run)
-    if small and run.best is not None and problem.windows > 1 and run.open.any():
-        _ask(run)
-    _price(run, late)
-    if few and run.best is not None and run.best.legal:
-        left = np.flatnonzero(run.open).tolist()
-        for turn, layer in enumerate(left):
-            high = run.bound.per_layer.copy()  # only this layer is searched
-            high[:, layer] = run.best.makespan[:, layer]
-            seconds = (PROOF_SHARE * (limit or 0.0) - run.seconds) / (len(left) - turn)
-            if seconds <= 0:
-                break
-            each = seconds / problem.windows
-            lifted = few_moves(problem, run.bound.per_layer, high, each)
-            run.bound = lifted_bound(problem, run.bound, lifted, FEW)
-    if run.best is not None and not run.open.any():
-        return
-    _searched(run, start if run.best is None else run.best.plan, _rest(run))
-
-
-def _rest(run: "Run") -> Limits:
-    """What is left of the work; time is counted from the call."""
-    if run.steps == float("inf"):
-        return run.limits
-    return replace(run.limits, work=max(int(run.steps) - run.work, 0))
-
-
-def _price(run: "Run", late: bool = False) -> None:
-    """Layers that are open: prices prove more where rules are that other arguments do not know.
-
-    They may last to the end of a part of the limit, a larger one if it is `late`.
-    """
-    problem, bound = run.problem, run.bound
-    if not worth_pricing(problem) or not run.open.any():
-        return
-    high = longest(problem, problem.tokens, problem.base)
-    if run.best is not None:
-        wanted = run.open & (run.best.makespan > bound.per_layer * (1 + late * WIDE))
-        high = np.where(wanted, run.best.makespan, bound.per_layer)
-    limit = run.limits.time
-    seconds = None if limit is None else (LATE if late else PROOF_SHARE) * limit - run.seconds
-    lifted, prices = price_layers(problem, bound.per_layer, high, seconds)
-    run.bound = lifted_bound(problem, bound, lifted, DUAL, prices)
-
-
-def _try_all(run: "Run") -> None:
-    """Tiny layers: the exhaustive search finds a better placement, or proves that none is.
-
-    In several windows where their mean counts, which each layer then serves by itself.
-    """
-    from moeplace.exhaustive import Exhaustive
-
-    problem = run.problem
-    mean = problem.objective == "mean" or (problem.objective == "cvar" and problem.cvar_alpha == 0)
-    if problem.windows > 1 and not mean:
-        return
-    for layer in np.flatnonzero(run.open).tolist():
-        tiny = Exhaustive(problem, 0 if problem.windows == 1 else None, layer)
-        while run.best is not None and not run.late(0.6):
-            price = float(problem.mean(run.best.makespan)[layer])
-            nodes = NODES
-            if run.limits.time is not None:
-                nodes = min(nodes, int((0.6 * run.limits.time - run.seconds) * PACE))
-            none_better, slots = tiny.search(price * (1 - 1e-10), nodes)
-            if none_better:
-                run.bound = _tried(run, layer, price * (1 - 1e-10))
-            if slots is None:
-                break
-            every = run.best.plan.slots.copy()
-            every[layer] = slots
-            before = run.best
-            run.offer(Plan(slots=every, rank_slots=problem.cluster.slots, experts=problem.experts))
-            if run.best is before:  # a rule that the search does not know
-                break
-
-
-def _tried(run: "Run", layer: int, price: float) -> Bound:
-    """The bound, now that no placement of the layer costs less."""
-    problem, bound = run.problem, run.bound
-    if problem.windows == 1:
-        better = bound.per_layer.copy()
-        better[0, layer] = price
-        return lifted_bound(problem, bound, better, EXHAUSTIVE)
-    value = price * float(problem.layer_weight[layer])
-    claim = Claim(layers=(layer,), weight=problem.window_weight, value=value, by=EXHAUSTIVE)
-    return with_claims(problem, bound, [claim])
-
-
-def _ask(run: "Run") -> None:
-    """Tiny layers in several windows, which one placement serves: CP-SAT, for part of the time."""
-    from moeplace.exact.model import refuse_table
-    from moeplace.exact.run import STEPS, Exact
-
-    with suppress(ProblemError):
-        refuse_table(run.problem)
-        left = ASKED * run.problem.layers
-        if run.limits.work is not None:
-            left = min(left, max(run.limits.work - run.work, 0) / STEPS / 2)
-        if left < 0.01 * ASKED:  # too little to build a model for
-            return
-        work = left if run.limits.time is None else None
-        exact = Exact(run, "cp-sat", work=work, share=0.6)
-        exact.solve()
-        if exact.interrupted:
-            raise KeyboardInterrupt
-
-
-@cache
-def _rehearse_tiny() -> None:
-    """Load the kernel of the exhaustive search, before the clock starts."""
-    from moeplace.exhaustive import Exhaustive
-    from moeplace.hardware import Cluster
-    from moeplace.loads import LoadHistogram
-
-    cluster = Cluster.from_speeds([1.0, 2.0], 2)
-    tiny = Problem(LoadHistogram(tokens=np.array([[[3.0, 2.0, 1.0]]])), cluster)
-    Exhaustive(tiny, 0, 0).search(3.0, 10)
-
-
 def _has_work(method: str) -> bool:
     from moeplace.exact.solvers import SOLVERS
 
     return SOLVERS[method].work
-
-
-def _small(problem: Problem) -> bool:
-    """Whether few enough replicas may exist in a layer for every placement to be tried."""
-    most = int(problem.allowed.sum(axis=(1, 2)).max()) * problem.windows
-    return problem.routing == "even" and most <= SMALL
-
-
-def _searched(run: "Run", start: Plan | None, limits: Limits) -> None:
-    """Run the portfolio under `limits` and keep what it finds, also when interrupted."""
-    from moeplace.search.portfolio import search
-    from moeplace.search.run import Run
-
-    stage = Run(
-        run.problem, run.bound, limits, run.began, run.seed, run.workers, run.progress, run.best
-    )
-    stage.patience = run.patience
-    try:
-        search(stage, start)
-    finally:
-        if stage.best is not None:
-            run.best = stage.best
-        run.nearest = stage.nearest
-        run.work += stage.work
 
 
 def _warm_start(run: "Run", start: Plan | None, rules: RuleSearch) -> Clash | None:
@@ -436,7 +227,7 @@ def _warm_start(run: "Run", start: Plan | None, rules: RuleSearch) -> Clash | No
     steps = 200_000 * run.problem.layers
     work = steps if limits.work is None else int(WARM_SHARE * limits.work)
     time_limit = None if limits.time is None else WARM_SHARE * limits.time
-    _searched(run, start, Limits(time=time_limit, work=work, gap=limits.gap))
+    searched(run, start, Limits(time=time_limit, work=work, gap=limits.gap))
     return sought(run, rules, 2 * WARM_SHARE)
 
 
@@ -457,8 +248,8 @@ def _exact(
         with suppress(PolicyNotApplicable):
             run.offer(POLICIES["eplb"](problem))
     elif warm_start == "lpt":
-        _searched(run, start, Limits(time=0.0, gap=limits.gap))
-    _price(run)
+        searched(run, start, Limits(time=0.0, gap=limits.gap))
+    price_open(run)
     work_left = None
     if limits.work is not None:
         work_left = max(limits.work - run.work, 0) / STEPS
