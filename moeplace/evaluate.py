@@ -6,6 +6,7 @@ from functools import cached_property
 import numpy as np
 
 from moeplace._check import FloatArray
+from moeplace.constraints import Forbid, Pin
 from moeplace.dispatch import shares
 from moeplace.errors import PlanError
 from moeplace.plan import EMPTY, Plan, check_plan
@@ -136,8 +137,10 @@ def _violations(
         f"layer {layer}: rank {rank} holds two replicas of one expert"
         for layer, rank in np.argwhere(plan.duplicates)
     ]
+    single = not _where_they_may(problem, plan)  # there may be tens of thousands of these rules
     for constraint in problem.constraints:
-        found += constraint.violations(plan, problem.cluster, tokens)
+        if single or not isinstance(constraint, Pin | Forbid):
+            found += constraint.violations(plan, problem.cluster, tokens)
     if excess is not None and (most := problem.max_off_node) is not None:
         found += [
             f"layer {layer}: {most + excess[window, layer]:.6g} of the copies in window {window} "
@@ -145,6 +148,16 @@ def _violations(
             for window, layer in np.argwhere(excess > 0)
         ]
     return tuple(found)
+
+
+def _where_they_may(problem: Problem, plan: Plan) -> bool:
+    """Whether every pin and every forbid is obeyed."""
+    if not any(isinstance(rule, Pin | Forbid) for rule in problem.constraints):
+        return True
+    layer, slot = np.nonzero(plan.slots != EMPTY)
+    held = np.zeros(problem.allowed.shape, dtype=np.bool_)
+    held[layer, plan.slots[layer, slot], plan.rank_of_slot[slot]] = True
+    return not ((held & ~problem.allowed).any() or (problem.pinned & ~held).any())
 
 
 def _short(value: object) -> str:
