@@ -102,7 +102,8 @@ def _searched_and_proven(run: "Run", start: Plan | None) -> None:
             run.bound = lifted_bound(problem, run.bound, lifted, FEW)
     if run.best is not None and not run.open.any():
         return
-    searched(run, start if run.best is None else run.best.plan, _rest(run))
+    near = run.best is not None and (small or few)
+    searched(run, run.best.plan if near and run.best is not None else start, _rest(run))
 
 
 def _rest(run: "Run") -> Limits:

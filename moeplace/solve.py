@@ -135,7 +135,7 @@ def solve(
     rehearse(
         problem.routing == "weighted",
         problem.windows > 1,
-        start is not None or problem.max_moves is not None,
+        start is not None or problem.max_moves is not None or is_small(problem),
         problem.node_groups is not None,
         "even" if problem.routing == "weighted" else problem.routing,
         problem.cluster.nonlinear,
