@@ -570,7 +570,7 @@ class TestCorners:
 @given(tiny_problems(max_windows=3, routing="even", max_layers=1))
 @settings(max_examples=20)
 def test_a_tiny_layer_in_several_windows_is_proven(one: Problem) -> None:
-    result = solve(one, gap=0, work_limit=400_000_000)
+    result = solve(one, gap=0, work_limit=100_000_000)
     exact = one.windows == 1 or one.objective == "mean"  # else CP-SAT's grid
     assert result.objective == pytest.approx(optimum(one), rel=1e-9 if exact else 1e-6)
     assert result.gap <= (1e-9 if exact else 1e-6)
