@@ -11,6 +11,7 @@ from moeplace.bounds import FEW, lifted_bound, longest
 from moeplace.claims import EXHAUSTIVE, Bound, Claim, with_claims
 from moeplace.clash import Clash, sought
 from moeplace.clash import Search as RuleSearch
+from moeplace.constraints import MaxMoves, NodeGroups, ReplicaBudget
 from moeplace.dual_bound import DUAL, price_layers, pricing_seconds, worth_pricing
 from moeplace.errors import ProblemError
 from moeplace.plan import Plan
@@ -28,7 +29,7 @@ WARM_STEPS = 200_000
 SMALL = 300
 #: Nodes of the exhaustive search of a tiny layer, for each makespan; and of them in a second.
 NODES, PACE = 10_000_000, 20_000_000
-#: Deterministic seconds of CP-SAT for a tiny layer in several windows.
+#: Deterministic seconds of CP-SAT for a tiny layer that the exhaustive search cannot decide.
 ASKED = 1.0
 #: Shares of the time limit: after which a search without a plan is broken off to see whether rules
 #: clash, and which is left to go on after that.
@@ -86,7 +87,7 @@ def _searched_and_proven(run: "Run", start: Plan | None) -> None:
     searched(run, start, warm)
     if small and run.best is not None:
         _try_all(run)
-    if small and run.best is not None and problem.windows > 1 and run.open.any():
+    if small and run.best is not None and asks(problem) and run.open.any():
         _ask(run)
     price_open(run, late)
     if few and run.best is not None and run.best.legal:
@@ -174,10 +175,17 @@ def _tried(run: "Run", layer: int, price: float) -> Bound:
     return with_claims(problem, bound, [claim])
 
 
+def asks(problem: Problem) -> bool:
+    """Whether the exhaustive search cannot decide a tiny layer: CP-SAT is asked there."""
+    rules = any(isinstance(r, MaxMoves | NodeGroups | ReplicaBudget) for r in problem.constraints)
+    return problem.windows > 1 or problem.routing == "weighted" or rules
+
+
 def _ask(run: "Run") -> None:
-    """Tiny layers in several windows, which one placement serves: CP-SAT, for part of the time."""
+    """Tiny layers that the exhaustive search cannot decide: CP-SAT, for part of the time."""
     from moeplace.exact.model import refuse_table
     from moeplace.exact.run import STEPS, Exact
+    from moeplace.search.run import Run
 
     with suppress(ProblemError):
         refuse_table(run.problem)
@@ -187,8 +195,14 @@ def _ask(run: "Run") -> None:
         if left < 0.01 * ASKED:  # too little to build a model for
             return
         work = left if run.limits.time is None else None
-        exact = Exact(run, "cp-sat", work=work, share=0.6)
-        exact.solve()
+        stage = Run(  # several workers of CP-SAT are not reproducible
+            run.problem, run.bound, run.limits, run.began, run.seed, 1, run.progress, run.best
+        )
+        exact = Exact(stage, "cp-sat", work=work, share=0.6)
+        try:
+            exact.solve()
+        finally:
+            run.best, run.bound = stage.best, stage.bound
         if exact.interrupted:
             raise KeyboardInterrupt
 
@@ -208,7 +222,7 @@ def rehearse_tiny() -> None:
 def is_small(problem: Problem) -> bool:
     """Whether few enough replicas may exist in a layer for every placement to be tried."""
     most = int(problem.allowed.sum(axis=(1, 2)).max()) * problem.windows
-    return problem.routing == "even" and most <= SMALL
+    return problem.routing in ("even", "weighted") and most <= SMALL
 
 
 def searched(run: "Run", start: Plan | None, limits: Limits) -> None:

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from moeplace.auto import WARM_SHARE, auto, is_small, price_open, rehearse_tiny, searched
+from moeplace.auto import WARM_SHARE, asks, auto, is_small, price_open, rehearse_tiny, searched
 from moeplace.bounds import lower_bound
 from moeplace.clash import Clash, contradict, sought
 from moeplace.clash import Search as RuleSearch
@@ -144,7 +144,7 @@ def solve(
         rehearse_tiny()
     if worth_pricing(problem):
         import scipy.optimize  # noqa: F401 - loaded before the clock starts
-    if method in EXACT or (method == "auto" and is_small(problem) and problem.windows > 1):
+    if method in EXACT or (method == "auto" and is_small(problem) and asks(problem)):
         from moeplace.exact.load import load_ortools
 
         load_ortools()

@@ -16,7 +16,7 @@ from moeplace._check import FloatArray
 from moeplace.errors import ProblemError, SolverError
 from moeplace.exact.model import Model, build
 from moeplace.plan import Plan
-from moeplace.problem import Problem
+from moeplace.problem import Problem, check_problem
 
 _EXPERT = re.compile(r"_e(\d+)_")
 _TIME = re.compile(r"time_l\d+_w(\d+)_g(\d+)$")
@@ -53,6 +53,7 @@ def shadow_prices(problem: Problem, plan: Plan | None = None) -> Prices:
         If latency has planes (an activation has no price of its own), the objective is not the
         mean, or a rule holds over all layers.
     """
+    check_problem(problem)
     if problem.cluster.planes is not None:
         raise ProblemError("Shadow prices are for linear speeds, not for latency planes.")
     rules = problem.max_moves

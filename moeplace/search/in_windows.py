@@ -76,7 +76,7 @@ def all_windows(
         share *= DEAL_AFTER
     for turn in range(ROUNDS):
         if run.late(share) or run.work >= run.steps * share:
-            return
+            break
         if run.steps < float("inf"):
             left = (run.steps * share - begun_work) / (layers.size * effort * ROUNDS)
             trials = max(int(left), 1)
