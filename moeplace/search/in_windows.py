@@ -75,8 +75,10 @@ def all_windows(
     if dealt:
         share *= DEAL_AFTER
     for turn in range(ROUNDS):
-        if run.late(share) or run.work >= run.steps * share:
+        if whole == 1.0 and run.late(share):
             break
+        if run.late(share) or run.work >= run.steps * share:
+            return
         if run.steps < float("inf"):
             left = (run.steps * share - begun_work) / (layers.size * effort * ROUNDS)
             trials = max(int(left), 1)
