@@ -31,6 +31,8 @@ SMALL = 300
 NODES, PACE = 10_000_000, 20_000_000
 #: Deterministic seconds of CP-SAT for a tiny layer that the exhaustive search cannot decide.
 ASKED = 1.0
+#: Seconds a layer from which it is asked at all: to build a model takes some of them.
+ASK_LEAST = 0.1
 #: Shares of the time limit: after which a search without a plan is broken off to see whether rules
 #: clash, and which is left to go on after that.
 PATIENCE, RETRY_SHARE = 0.6, 0.15
@@ -66,6 +68,8 @@ def _searched_and_proven(run: "Run", start: Plan | None) -> None:
 
     problem, limit = run.problem, run.limits.time
     small, dual = is_small(problem), worth_pricing(problem)
+    if asks(problem) and limit is not None and limit < ASK_LEAST * problem.layers:
+        small = False
     few = problem.max_moves is not None and problem.routing == "even"
     few = few and limit is not None and limit >= DEEP * problem.layers
     if dual and limit is not None:  # for one layer there must be time
