@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moeplace.bounds import FEW, lifted_bound, longest
+from moeplace.bounds import FEW, few_moves, lifted_bound, longest
 from moeplace.claims import EXHAUSTIVE, Bound, Claim, with_claims
 from moeplace.clash import Clash, sought
 from moeplace.clash import Search as RuleSearch
@@ -64,8 +64,6 @@ def auto(run: "Run", start: Plan | None, rules: RuleSearch) -> Clash | None:
 
 def _searched_and_proven(run: "Run", start: Plan | None) -> None:
     """The portfolio; then proofs, where few replicas may exist or move, and the portfolio again."""
-    from moeplace.bounds import few_moves
-
     problem, limit = run.problem, run.limits.time
     small, dual = is_small(problem), worth_pricing(problem)
     if asks(problem) and limit is not None and limit < ASK_LEAST * problem.layers:

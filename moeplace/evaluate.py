@@ -154,9 +154,7 @@ def _where_they_may(problem: Problem, plan: Plan) -> bool:
     """Whether every pin and every forbid is obeyed."""
     if not any(isinstance(rule, Pin | Forbid) for rule in problem.constraints):
         return True
-    layer, slot = np.nonzero(plan.slots != EMPTY)
-    held = np.zeros(problem.allowed.shape, dtype=np.bool_)
-    held[layer, plan.slots[layer, slot], plan.rank_of_slot[slot]] = True
+    held = plan.held()
     return not ((held & ~problem.allowed).any() or (problem.pinned & ~held).any())
 
 

@@ -6,7 +6,6 @@ from moeplace._check import BoolArray, FloatArray, IntArray
 from moeplace.bounds import NODES, PLANES, STAY, longest
 from moeplace.claims import Bound
 from moeplace.constraints import CAPACITY_SLACK, Forbid, Pin
-from moeplace.plan import EMPTY
 from moeplace.problem import Problem
 
 
@@ -134,9 +133,7 @@ def _least_received(problem: Problem) -> IntArray:
     """Copies [layers] that any plan receives: pins, and experts that may stay nowhere."""
     rules = problem.max_moves
     assert rules is not None
-    layer, slot = np.nonzero(rules.current.slots != EMPTY)
-    held = np.zeros_like(problem.allowed)
-    held[layer, rules.current.slots[layer, slot], rules.current.rank_of_slot[slot]] = True
+    held = rules.current.held()
     pinned = (problem.pinned & ~held).sum(axis=2)  # [layers, experts]
     homeless = ~(held & problem.allowed).any(axis=2)
     received: IntArray = np.maximum(pinned, homeless).sum(axis=1)

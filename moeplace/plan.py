@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moeplace._check import FloatArray, IntArray, first, integers, ndim, numbers, where
+from moeplace._check import BoolArray, FloatArray, IntArray, first, integers, ndim, numbers, where
 from moeplace.errors import PlanError
 
 EMPTY = -1
@@ -147,6 +147,13 @@ class Plan:
         twice = (held[:, :, 1:] == held[:, :, :-1]) & (held[:, :, 1:] != EMPTY)
         return np.asarray(twice.sum(axis=2))
 
+    def held(self) -> BoolArray:
+        """Where replicas lie [layers, experts, ranks]."""
+        held = np.zeros((self.layers, self.experts, self.ranks), dtype=np.bool_)
+        layer, slot = np.nonzero(self.slots != EMPTY)
+        held[layer, self.slots[layer, slot], self.rank_of_slot[slot]] = True
+        return held
+
     def by_rank(self, values: Any) -> Any:
         """Lay [..., slots] out as [..., ranks, most slots], padded with EMPTY."""
         return by_rank(values, self.rank_slots)
@@ -176,12 +183,7 @@ class Plan:
                 f"Moves need two plans of one shape (layers, experts, ranks): got {theirs} and "
                 f"{mine}."
             )
-        had = np.zeros((self.layers, self.ranks, self.experts + 1), dtype=np.bool_)
-        has = had.copy()
-        for plan, table in ((old, had), (self, has)):
-            np.put_along_axis(table, plan.by_rank(plan.slots), True, axis=2)
-        new = (has & ~had)[:, :, :-1]  # the last column stands for EMPTY
-        return np.asarray(new.sum(axis=2))
+        return np.asarray((self.held() & ~old.held()).sum(axis=1))
 
 
 def by_rank(values: Any, rank_slots: IntArray) -> Any:
